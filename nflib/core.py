@@ -1,0 +1,361 @@
+"""The algebra: a bijection, how bijections combine, and the density they give.
+
+Change of variables: for an invertible, differentiable ``z = f(x)`` and a base density ``p_Z``,
+
+    log p_X(x) = log p_Z(f(x)) + log|det df/dx|.
+
+``forward`` goes from data x to noise z, ``inverse`` from z back to x. Each returns its output and
+``log_det``, the log|det| of the map *just applied*, of shape ``(batch,)``. Hence the two log-dets
+of one pair (x, z) add to zero, and those of a composition add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+EventShape = tuple[int | None, ...]
+
+
+class ShapeError(ValueError):
+    """An input whose shape, dtype or context does not fit; the message says what was expected."""
+
+
+class SingularMatrixError(ValueError):
+    """A matrix that should be invertible is not."""
+
+
+class Bijection(nn.Module):
+    """An invertible, differentiable map with a tractable log|det|.
+
+    A subclass sets ``event_shape`` and writes ``forward`` and ``inverse``, each of which starts
+    with ``self.check_input(x, context)``. Batch is dim 0; the rest is the event.
+
+    Attributes:
+        event_shape: sizes of the event dims, ``None`` where any size will do; ``None`` as a whole
+            if the layer takes events of any shape.
+        context_shape: shape of one row of context, or ``None`` if the layer uses no context (it is
+            then accepted and ignored, so that context can be passed through any composition).
+        likelihood: ``"exact"``, ``"lower bound"`` or ``"estimate"``: what a ``log_prob`` through
+            this layer is.
+    """
+
+    event_shape: EventShape | None = None
+    context_shape: Shape | None = None
+    likelihood: str = "exact"
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to noise: ``x -> (z, log|det dz/dx|)``; shapes ``(batch, *event)`` and ``(batch,)``."""
+        raise TypeError(f"{type(self).__name__} does not define forward(x, context).")
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise to data: ``z -> (x, log|det dx/dz|)``; shapes ``(batch, *event)`` and ``(batch,)``."""
+        raise TypeError(f"{type(self).__name__} does not define inverse(z, context).")
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set data-dependent parameters from a first batch of data; most layers have none.
+
+        `nflib.train.fit` calls it once, before the first step of a fresh run.
+        """
+
+    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Raise `ShapeError` in one sentence if x or context cannot be this layer's input.
+
+        Reads shapes and dtypes only, never values: nothing waits for the device.
+        """
+        name = type(self).__name__
+        if self.event_shape is not None and not fits(x.shape[1:], self.event_shape):
+            raise ShapeError(
+                f"{name} expects shape {describe(('batch', *self.event_shape))}, "
+                f"got {tuple(x.shape)}."
+            )
+        if x.ndim == 0:
+            raise ShapeError(f"{name} expects a batch of events, got a single number.")
+        if not x.is_floating_point():
+            raise ShapeError(f"{name} expects floating-point numbers, got {x.dtype}.")
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter.dtype != x.dtype:
+                raise ShapeError(
+                    f"{name} expects its parameters' dtype {parameter.dtype}, got {x.dtype}; "
+                    "convert the input with .to(dtype), or the model."
+                )
+            break
+        if self.context_shape is not None:
+            if context is None:
+                raise ShapeError(
+                    f"{name} expects a context of shape "
+                    f"{describe(('batch', *self.context_shape))}, got none."
+                )
+            if tuple(context.shape) != (x.shape[0], *self.context_shape):
+                raise ShapeError(
+                    f"{name} expects a context of shape {(x.shape[0], *self.context_shape)}, "
+                    f"got {tuple(context.shape)}."
+                )
+
+
+class Compose(Bijection):
+    """Bijections one after another: ``f = f_K o ... o f_1``, ``log_det = sum_k log_det_k``.
+
+    Each log-det is taken at the point where its layer is applied. ``inverse`` runs the layers in
+    reverse order. Cost: the sum of the layers'. An empty composition is the identity.
+    """
+
+    def __init__(self, *bijections: Bijection) -> None:
+        super().__init__()
+        for position, layer in enumerate(bijections):
+            if not isinstance(layer, Bijection):
+                raise TypeError(
+                    f"Compose expects bijections, got {type(layer).__name__} "
+                    f"at position {position}."
+                )
+        self.bijections = nn.ModuleList(bijections)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(x, context)
+        log_det = zeros_log_det(x)
+        for bijection in self.bijections:
+            x, term = bijection(x, context)
+            log_det = log_det + term
+        return x, log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(z, context)
+        log_det = zeros_log_det(z)
+        for bijection in reversed(self.bijections):
+            z, term = bijection.inverse(z, context)
+            log_det = log_det + term
+        return z, log_det
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        for bijection in self.bijections:
+            bijection.initialize(x, context)  # type: ignore[operator]
+            x, _ = bijection(x, context)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.bijections)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.bijections)
+
+    def __getitem__(self, index: int | slice) -> Bijection:
+        """One layer, or for a slice the `Compose` of those layers, sharing their parameters."""
+        layers = list(self)
+        return Compose(*layers[index]) if isinstance(index, slice) else layers[index]
+
+
+class Inverse(Bijection):
+    """A bijection read backwards: its ``forward`` is the other's ``inverse``."""
+
+    def __init__(self, bijection: Bijection) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self.event_shape = bijection.event_shape
+        self.context_shape = bijection.context_shape
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse(x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection(z, context)
+
+
+class Base(nn.Module):
+    """A base density over events of a given shape; it follows the model's device and dtype."""
+
+    anchor: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+            raise ShapeError(
+                f"{type(self).__name__} expects the event's sizes as positive integers, "
+                f"got {shape}."
+            )
+        self.shape = shape
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+
+    def check_input(self, z: Tensor) -> None:
+        if tuple(z.shape[1:]) != self.shape:
+            raise ShapeError(
+                f"{type(self).__name__} expects shape {describe(('batch', *self.shape))}, "
+                f"got {tuple(z.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.shape))
+
+
+class StandardNormal(Base):
+    """``log p(z) = -1/2 (|z|^2 + D log 2 pi)`` in nats, z of shape ``(batch, *shape)``; cost O(D)."""
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(z)
+        return -0.5 * sum_event(z.square() + math.log(2 * math.pi))
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        return torch.randn(n, *self.shape, device=self.anchor.device, dtype=self.anchor.dtype)
+
+
+class StandardLogistic(Base):
+    """Independent logistic coordinates: ``log p(z) = sum_i (-z_i - 2 softplus(-z_i))``; cost O(D).
+
+    The base of NICE (Dinh et al. 2014, https://arxiv.org/abs/1410.8516).
+    """
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(z)
+        # |z| by symmetry: softplus then never sees a large positive argument.
+        return -sum_event(z.abs() + 2 * nn.functional.softplus(-z.abs()))
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        u = torch.rand(n, *self.shape, device=self.anchor.device, dtype=self.anchor.dtype)
+        tiny = torch.finfo(u.dtype).tiny
+        return u.clamp_min(tiny).log() - (-u).log1p()
+
+
+class BaseDensity(Protocol):
+    """What `Flow` asks of a base: a flow, a mixture or any other model serves as well."""
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor: ...
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor: ...
+
+
+class _TorchBase(nn.Module):
+    """A ``torch.distributions.Distribution`` over one event, seen as a base density."""
+
+    def __init__(self, distribution: torch.distributions.Distribution) -> None:
+        super().__init__()
+        self.distribution = distribution
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.distribution.log_prob(z)
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        return self.distribution.sample(torch.Size([n]))
+
+
+class Flow(nn.Module):
+    """A bijection and a base density: a density one can evaluate exactly and sample from.
+
+        log p(x) = log p_Z(f(x)) + log|det df/dx|          (nats)
+
+    Calling the flow is ``log_prob``, so that ``torch.compile`` and data-parallel wrappers wrap the
+    training step. ``flow.likelihood`` says what ``log_prob`` is: ``"exact"``, ``"lower bound"``
+    (after dequantization, say) or ``"estimate"``.
+
+    Args:
+        bijection: maps data to noise.
+        base: any object with ``log_prob(z, context)`` and ``sample(n, context)``, or a
+            ``torch.distributions.Distribution`` whose batch shape is empty.
+    """
+
+    def __init__(
+        self, bijection: Bijection, base: BaseDensity | torch.distributions.Distribution
+    ) -> None:
+        super().__init__()
+        if not isinstance(bijection, Bijection):
+            raise TypeError(f"Flow expects a bijection first, got {type(bijection).__name__}.")
+        self.bijection = bijection
+        if isinstance(base, torch.distributions.Distribution):
+            if base.batch_shape != torch.Size():
+                raise ShapeError(
+                    "Flow expects a base with an empty batch shape (wrap it in "
+                    f"torch.distributions.Independent), got {tuple(base.batch_shape)}."
+                )
+            base = _TorchBase(base)
+        self.base: Any = base
+
+    @property
+    def likelihood(self) -> str:
+        """The weakest word among the layers': an estimate spoils a bound, a bound an exact value."""
+        found = {getattr(module, "likelihood", "exact") for module in self.bijection.modules()}
+        found.add(getattr(self.base, "likelihood", "exact"))
+        return next(word for word in ("estimate", "lower bound", "exact") if word in found)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set the layers' data-dependent parameters from a first batch of data."""
+        self.bijection.initialize(x, context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.log_prob(x, context)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density of each row in nats, shape ``(batch,)``: one ``forward`` and the base's cost."""
+        z, log_det = self.bijection(x, context)
+        return self.base.log_prob(z, context) + log_det
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        """Draw n events: one ``inverse``. Context has n rows, or one row that serves all n."""
+        return self.sample_with_log_prob(n, context)[0]
+
+    def sample_with_log_prob(
+        self, n: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n events and their log-densities from the same pass, differentiable in both."""
+        context = expand_context(context, n)
+        z = self.base.sample(n, context)
+        x, log_det = self.bijection.inverse(z, context)
+        return x, self.base.log_prob(z, context) - log_det
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The noise z that stands for x."""
+        return self.bijection(x, context)[0]
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data x that z stands for."""
+        return self.bijection.inverse(z, context)[0]
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """Sum over everything but the batch: ``(batch, *event) -> (batch,)``."""
+    return x.flatten(1).sum(1) if x.ndim > 1 else x
+
+
+def zeros_log_det(x: Tensor) -> Tensor:
+    """A zero for each row, in the dtype of x and at least float32."""
+    return torch.zeros(x.shape[0], device=x.device, dtype=log_det_dtype(x.dtype))
+
+
+def log_det_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a log-det: its input's, but never narrower than float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def expand_log_det(log_det: Tensor, x: Tensor) -> Tensor:
+    """The scalar log-det of a map that does not depend on x, one copy for each row."""
+    return log_det.to(log_det_dtype(x.dtype)).expand(x.shape[0])
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps matrix products out of autocast: only conditioners may run in bfloat16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def expand_context(context: Tensor | None, n: int) -> Tensor | None:
+    """Context for n draws: as it is if it has n rows, repeated if it has one."""
+    if context is None or context.shape[0] == n:
+        return context
+    if context.shape[0] != 1:
+        raise ShapeError(f"A sample of {n} expects a context of 1 or {n} rows, got {len(context)}.")
+    return context.expand(n, *context.shape[1:])
+
+
+def fits(shape: torch.Size, expected: EventShape) -> bool:
+    """Whether a shape agrees with one in which ``None`` means any size."""
+    return len(shape) == len(expected) and all(
+        want is None or have == want for have, want in zip(shape, expected, strict=True)
+    )
+
+
+def describe(shape: tuple[Any, ...]) -> str:
+    """A shape as a person writes it: ``(batch, 3, any, any)``."""
+    inner = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"({inner})"
