@@ -74,7 +74,7 @@ class Report:
         self.lines.append((what, result))
 
     def __repr__(self) -> str:
-        width = max(len(what) for what, _ in self.lines)
+        width = max((len(what) for what, _ in self.lines), default=0)
         return "\n".join([self.subject, *(f"  ok  {w:<{width}}  {r}" for w, r in self.lines)])
 
 
@@ -146,20 +146,7 @@ def check_log_det(
         z, _ = layer(x, context)
     for direction, function, at in (("forward", layer, x), ("inverse", layer.inverse, z)):
         out, log_det = function(at, context)
-        if log_det.shape != x.shape[:1]:
-            raise LogDetError(
-                f"{name}.{direction} returns a log_det of shape {tuple(log_det.shape)}, "
-                f"expected {tuple(x.shape[:1])}: one number a row."
-            )
-        if log_det.dtype != log_det_dtype(x.dtype):
-            raise LogDetError(
-                f"{name}.{direction} returns a log_det in {log_det.dtype}, "
-                f"expected {log_det_dtype(x.dtype)}."
-            )
-        if out.shape != x.shape:
-            raise LogDetError(
-                f"{name}.{direction} returns shape {tuple(out.shape)}, expected {tuple(x.shape)}."
-            )
+        _check_shapes(f"{name}.{direction}", x, out, log_det)
         matrix = jacobian(lambda a, f=function: f(a, context)[0], at)
         truth = torch.linalg.slogdet(matrix)[1]
         if not bool(torch.isfinite(truth).all()):
@@ -223,6 +210,7 @@ def check_batch_independence(
         z, _ = layer(x, context)
         for direction, function, at in (("forward", layer, x), ("inverse", layer.inverse, z)):
             whole = function(at, context)
+            _check_shapes(f"{name}.{direction}", x, *whole)
             rows = [function(at[i : i + 1], _rows(context, i)) for i in range(len(at))]
             for k, what in enumerate(("output", "log_det")):
                 alone = torch.cat([row[k] for row in rows])
@@ -480,6 +468,20 @@ def worst(error: Tensor, scale: Tensor | float = 1.0) -> float:
 def below(tolerance: float, dtype: torch.dtype) -> str:
     """How closely two things agreed, in a form that is the same on every machine."""
     return f"{str(dtype).removeprefix('torch.')}, error < {tolerance:g}"
+
+
+def _check_shapes(call: str, x: Tensor, out: Tensor, log_det: Tensor) -> None:
+    if out.shape != x.shape:
+        raise LogDetError(f"{call} returns shape {tuple(out.shape)}, expected {tuple(x.shape)}.")
+    if log_det.shape != x.shape[:1]:
+        raise LogDetError(
+            f"{call} returns a log_det of shape {tuple(log_det.shape)}, "
+            f"expected {tuple(x.shape[:1])}: one number a row."
+        )
+    if log_det.dtype != log_det_dtype(x.dtype):
+        raise LogDetError(
+            f"{call} returns a log_det in {log_det.dtype}, expected {log_det_dtype(x.dtype)}."
+        )
 
 
 def _rows(context: Tensor | None, i: int) -> Tensor | None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Halvings after which the bracket is as narrow as the format can tell.
-_HALVINGS = {torch.float64: 60}
+# Each round cuts the bracket into 16 parts and keeps one: four binary digits for one call of f.
+_PARTS = 16
+_ROUNDS = {torch.float64: 15}
 
 
 def solve_increasing(
@@ -16,23 +17,24 @@ def solve_increasing(
 ) -> Tensor:
     """The t with ``f(t) = target``, elementwise, for f increasing and lower <= t <= upper.
 
-    Bisection with a fixed number of halvings (32, or 60 in float64), so that no step waits for a
+    Section search with a fixed number of rounds (7, or 15 in float64), so that no step waits for a
     value, then one Newton step, which also carries the gradient: by the implicit function theorem
     ``dt = (d target - (df/dtheta) dtheta) / f'(t)`` for whatever theta f depends on.
 
     Args:
-        f: returns the function's value and its derivative, both of target's shape.
+        f: elementwise, with any number of leading dims; returns the function's value and its
+            derivative.
         target: where f should arrive.
-        lower, upper: exact brackets of the solution.
+        lower, upper: exact brackets of the solution, of target's shape.
 
-    Cost: 33 (61) evaluations of f.
+    Cost: 8 (16) evaluations of f, all but the last at 15 points at a time.
     """
     with torch.no_grad():
-        low, high = lower, upper
-        for _ in range(_HALVINGS.get(target.dtype, 32)):
-            middle = (low + high) / 2
-            below = f(middle)[0] < target
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        t = (low + high) / 2
+        low, step = lower, (upper - lower) / _PARTS
+        cuts = torch.arange(1, _PARTS, device=target.device).view(-1, *[1] * target.ndim)
+        for _ in range(_ROUNDS.get(target.dtype, 7)):
+            below = (f(low + step * cuts)[0] < target).sum(0)
+            low, step = low + step * below, step / _PARTS
+        t = low + step * (_PARTS / 2)
     value, slope = f(t)
     return t - (value - target) / slope.detach().clamp_min(torch.finfo(t.dtype).eps)

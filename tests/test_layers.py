@@ -1,0 +1,122 @@
+"""Every layer of nflib keeps the contract, on random parameters and for shapes hypothesis draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layers import LAYERS
+from nflib.checks import check_bijection
+from nflib.convolution import EmergingConv, Invertible1x1Conv, PeriodicConv
+from nflib.core import Bijection, Compose, Flow, Inverse, ShapeError, StandardNormal
+from nflib.linear import LU, BlockDiagonal, Dense, Diagonal, Householder, Permutation, Triangular
+from nflib.planar import Planar, Radial, Sylvester
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_is_a_bijection(name: str) -> None:
+    case = LAYERS[name]
+    check_bijection(case.make(), *case.inputs(), compile=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_wrong_event_is_one_sentence(name: str) -> None:
+    case = LAYERS[name]
+    layer = case.make()
+    if layer.event_shape is None:
+        pytest.skip("takes events of any shape")
+    x, context = case.inputs()
+    with pytest.raises(ShapeError, match=r"^\w+ expects .*, got .*\.$"):
+        layer(torch.cat([x, x], 1), context)
+    with pytest.raises(ShapeError, match=r"^\w+ expects .*, got .*\.$"):
+        layer.inverse(x[0], context)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_wrong_dtype_is_one_sentence(name: str) -> None:
+    case = LAYERS[name]
+    layer = case.make()
+    x, context = case.inputs()
+    if list(layer.parameters()):
+        with pytest.raises(ShapeError, match=r"float32, got torch.float64"):
+            layer(x.double(), context)
+    if isinstance(layer, Compose) and len(layer) == 0:
+        pytest.skip("the identity takes anything")
+    with pytest.raises(ShapeError, match="floating-point"):
+        layer(x.long(), context)
+
+
+@pytest.mark.parametrize("name", [n for n, c in LAYERS.items() if c.context])
+def test_missing_or_wrong_context_is_one_sentence(name: str) -> None:
+    case = LAYERS[name]
+    layer, (x, context) = case.make(), case.inputs()
+    assert context is not None
+    for wrong in (None, context[:, :1], context[:2]):
+        with pytest.raises(ShapeError, match=r"expects a context of shape .*, got .*\.$"):
+            layer(x, wrong)
+
+
+@pytest.mark.parametrize("name", [n for n, c in LAYERS.items() if c.context])
+def test_context_changes_the_map(name: str) -> None:
+    case = LAYERS[name]
+    layer, (x, context) = case.make(), case.inputs()
+    assert context is not None
+    assert not torch.equal(layer(x, context)[0], layer(x, context + 1)[0])
+
+
+dims = st.integers(2, 7)
+VECTOR_LAYERS = st.sampled_from(
+    [Dense, Diagonal, Triangular, LU, Householder, Planar, Radial, Sylvester, Permutation]
+)
+
+
+@given(VECTOR_LAYERS, dims, st.integers(0, 10**6))
+def test_vector_layers_of_any_size(kind: type[Bijection], dim: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_bijection(kind(dim), torch.randn(3, dim), seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Dense, Diagonal, Planar, Radial])
+def test_one_dimension(kind: type[Bijection]) -> None:
+    check_bijection(kind(1), torch.randn(3, 1))  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 10**6))
+def test_block_diagonal_of_any_size(blocks: int, block: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_bijection(BlockDiagonal(blocks * block, block), torch.randn(3, blocks * block), seed=seed)
+
+
+@given(
+    st.sampled_from([Invertible1x1Conv, PeriodicConv, EmergingConv]),
+    st.integers(2, 3),
+    st.tuples(st.integers(3, 5), st.integers(3, 5)),
+    st.integers(0, 10**6),
+)
+def test_convolutions_of_any_size(
+    kind: type[Bijection], channels: int, size: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    check_bijection(kind(channels), torch.randn(2, channels, *size), seed=seed)  # type: ignore[call-arg]
+
+
+@given(st.lists(st.sampled_from([LU, Planar, Radial, Permutation]), max_size=5), dims)
+def test_compositions_of_any_depth(kinds: list[type[Bijection]], dim: int) -> None:
+    layers = [kind(dim) for kind in kinds]  # type: ignore[arg-type]
+    composed = Compose(*layers, *(Inverse(kind(dim)) for kind in kinds))  # type: ignore[arg-type]
+    check_bijection(composed, torch.randn(3, dim))
+
+
+def test_a_whole_flow_compiles_with_generated_code() -> None:
+    import shutil
+
+    if not shutil.which("c++"):
+        pytest.skip("inductor needs a C++ compiler")
+    flow = Flow(Compose(LU(4), Planar(4)), StandardNormal(4))
+    x = torch.randn(8, 4)
+    compiled = torch.compile(flow, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, flow(x))
+    compiled.sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
