@@ -67,7 +67,6 @@ class Progress:
     since_best: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
-    finished: bool = False
     records: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -171,10 +170,19 @@ def fit(
         parts = [at.step / total if total else 0.0, at.seconds / seconds if seconds else 0.0]
         return min(1.0, max(parts))
 
+    def measure(rate: float) -> None:
+        nonlocal saved
+        record = run.record(per_epoch, rate)
+        if held_out is not None:
+            record["valid"] = run.validate(objective, held_out, batch_size)
+        at.records.append(record)
+        bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record})
+        run.save()
+        saved = time.monotonic()
+
     order = torch.empty(0)
     started = saved = time.monotonic() - at.seconds
     bar = _bar(progress and accelerator.is_main_process, total, at.step)
-    at.finished = False
     model.train()
     try:
         while fraction() < 1.0 and not (patience is not None and at.since_best >= patience):
@@ -196,25 +204,19 @@ def fit(
             at.seconds = _shared(time.monotonic() - started, accelerator, seconds)
             run.add_loss(value)
             bar.update()
-            if at.step % every == 0 or at.step == total:
-                record = run.record(every, per_epoch, lr * factor)
-                if held_out is not None:
-                    record["valid"] = run.validate(objective, held_out, batch_size)
-                at.records.append(record)
-                bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record})
-                run.save()
-                saved = time.monotonic()
+            if at.step % every == 0:
+                measure(lr * factor)
             elif checkpoint is not None and time.monotonic() - saved > save_every:
                 run.save()
                 saved = time.monotonic()
-        at.finished = True
+        if at.loss_count:
+            # The budget ended between two validations: the last weights are judged as well.
+            measure(lr * factor)
     except KeyboardInterrupt:
+        run.save()
         bar.write(f"Interrupted at step {at.step}; the model has its best weights so far.")
     finally:
         bar.close()
-    if at.loss_count and (not at.records or at.records[-1]["step"] != at.step):
-        at.records.append(run.record(every, per_epoch, 0.0))
-    run.save()
     run.finish()
     return History(at.records, at.best_step)
 
@@ -306,7 +308,7 @@ class _Run:
         at = self.progress
         at.loss_sum, self.loss_sum = at.loss_sum + float(self.loss_sum), 0.0
 
-    def record(self, every: int, per_epoch: int, lr: float) -> dict[str, float]:
+    def record(self, per_epoch: int, lr: float) -> dict[str, float]:
         at = self.progress
         self._settle_loss()
         record = {

@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import nflib
 import pytest
 import yaml
 from house import ROOT, SITE, chapters, tool
+
+import nflib
 
 ADDRESS = tool("repository").address()
 
