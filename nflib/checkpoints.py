@@ -93,7 +93,9 @@ def write(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
             Path(temporary).unlink(missing_ok=True)
         reason = _reason(error)
         kept = " The file that was there is untouched." if path.is_file() else ""
-        raise CheckpointError(f"The checkpoint {path} could not be written: {reason}.{kept}") from error
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written: {reason}.{kept}"
+        ) from error
     return path
 
 
@@ -122,13 +124,14 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def find(name: str) -> Path:
     """A file of the course (``"results/linear_cost.json"``, ``"data/..."``), wherever we run.
 
-    Looked for in the clone that nflib is installed from, then in the user's cache, then fetched from
-    the course's repository; checked by sha256 unless it comes from the clone.
+    Looked for in the clone that nflib is installed from, then in the user's cache, then fetched
+    from the course's repository; checked by sha256 unless it comes from the clone.
     """
     registry = _registry()
     if name not in registry:
         raise CheckpointError(
-            f"There is no file {name!r} in the course; it has {', '.join(sorted(registry)) or 'none'}."
+            f"There is no file {name!r} in the course; it has "
+            f"{', '.join(sorted(registry)) or 'none'}."
         )
     clone = Path(__file__).resolve().parent.parent
     if (clone / "_config.yml").is_file() and (clone / name).is_file():

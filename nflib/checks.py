@@ -147,7 +147,7 @@ def check_log_det(
     for direction, function, at in (("forward", layer, x), ("inverse", layer.inverse, z)):
         out, log_det = function(at, context)
         _check_shapes(f"{name}.{direction}", x, out, log_det)
-        matrix = jacobian(lambda a, f=function: f(a, context)[0], at)
+        matrix = jacobian(_output_of(function, context), at)
         truth = torch.linalg.slogdet(matrix)[1]
         if not bool(torch.isfinite(truth).all()):
             raise LogDetError(
@@ -248,7 +248,10 @@ def check_gradients(
     if isinstance(model, Bijection):
         with torch.no_grad():
             z, _ = model(x, context)
-        losses = [lambda: _projection(*model(x, context)), lambda: _projection(*model.inverse(z, context))]
+        losses = [
+            lambda: _projection(*model(x, context)),
+            lambda: _projection(*model.inverse(z, context)),
+        ]
     else:
         losses = [lambda: model(x, context).mean() if context is not None else model(x).mean()]
     parameters = dict(model.named_parameters())
@@ -260,7 +263,9 @@ def check_gradients(
             if gradient is None or not bool(gradient.any()):
                 raise GradientError(f"{type(model).__name__}.{name} gets no gradient.")
             if not bool(torch.isfinite(gradient).all()):
-                raise GradientError(f"{type(model).__name__}.{name} gets a gradient that is not finite.")
+                raise GradientError(
+                    f"{type(model).__name__}.{name} gets a gradient that is not finite."
+                )
     count = sum(p.numel() for p in parameters.values())
     report.add("a gradient reaches every parameter", f"{len(parameters)} tensors, {count} numbers")
     return report
@@ -286,8 +291,8 @@ def check_state(
             if not (torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])):
                 error = worst(mine[0] - theirs[0])
                 raise StateError(
-                    f"{type(layer).__name__}.{direction} changes by {error:.3g} when its state_dict "
-                    "is loaded into a second layer."
+                    f"{type(layer).__name__}.{direction} changes by {error:.3g} when its "
+                    "state_dict is loaded into a second layer."
                 )
     report.add("state_dict holds all of it", "exact")
     return report
@@ -367,7 +372,7 @@ def check_autoregressive(
         function: maps ``(batch, D)`` to ``(batch, D)`` or ``(batch, D, parameters)``.
         x: where to look, ``(batch, D)``.
         order: position of each dimension in the ordering, by default 0..D-1.
-        strict: output i may not depend on input i either (a conditioner); otherwise it may (a flow).
+        strict: output i may not depend on input i either, as in a conditioner; in a flow it may.
     """
     dim = x.shape[1]
     rank = torch.arange(dim) if order is None else torch.as_tensor(order)
@@ -380,7 +385,8 @@ def check_autoregressive(
     if bool(leak.any()):
         i, j = divmod(int(leak.argmax()), dim)
         raise AutoregressiveError(
-            f"Output {i} depends on input {j}, which is not before it (derivative {leak[i, j]:.3g})."
+            f"Output {i} depends on input {j}, which is not before it: "
+            f"the derivative is {leak[i, j]:.3g}."
         )
     allowed = int((~later & (influence.cpu() > 0)).sum())
     report = Report(f"autoregressive in {dim} dimensions")
@@ -410,14 +416,17 @@ def check_normalized(
         raise ValueError(f"check_normalized expects dim 1 or 2, got {dim}.")
     low, high = limits
     step = (high - low) / points
-    like = next(iter(model.parameters()), torch.zeros(())) if isinstance(model, nn.Module) else torch.zeros(())
+    like = torch.zeros(())
+    if isinstance(model, nn.Module):
+        like = next(model.parameters(), like)
     axis = low + step * (torch.arange(points, dtype=like.dtype, device=like.device) + 0.5)
     grid = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
     log_prob = getattr(model, "log_prob", model)
     total = 0.0
     with torch.no_grad():
         for part in grid.split(65536):
-            values = log_prob(part) if context is None else log_prob(part, context.expand(len(part), -1))
+            rows = () if context is None else (context.expand(len(part), *context.shape[1:]),)
+            values = log_prob(part, *rows)
             total += values.double().exp().sum().item() * step**dim
     if not abs(total - 1) <= tolerance:
         raise NormalizationError(
@@ -468,6 +477,10 @@ def worst(error: Tensor, scale: Tensor | float = 1.0) -> float:
 def below(tolerance: float, dtype: torch.dtype) -> str:
     """How closely two things agreed, in a form that is the same on every machine."""
     return f"{str(dtype).removeprefix('torch.')}, error < {tolerance:g}"
+
+
+def _output_of(function: Callable[..., tuple[Tensor, Tensor]], context: Tensor | None) -> Map:
+    return lambda x: function(x, context)[0]
 
 
 def _check_shapes(call: str, x: Tensor, out: Tensor, log_det: Tensor) -> None:

@@ -39,9 +39,7 @@ class Invertible1x1Conv(Bijection):
         bias: whether to add a learned b.
     """
 
-    def __init__(
-        self, channels: int, parametrization: str = "lu", bias: bool = False
-    ) -> None:
+    def __init__(self, channels: int, parametrization: str = "lu", bias: bool = False) -> None:
         super().__init__()
         kinds: dict[str, type[Dense] | type[LU]] = {"lu": LU, "dense": Dense}
         if parametrization not in kinds:
@@ -172,7 +170,9 @@ class CausalConv(Bijection):
 
     def weight(self) -> Tensor:
         """The masked kernel in raster order, ``(c, c, k, k)``."""
-        centre = F.pad(torch.diag(self.log_scale.exp())[..., None, None], (self.kernel_size // 2,) * 4)
+        centre = F.pad(
+            torch.diag(self.log_scale.exp())[..., None, None], (self.kernel_size // 2,) * 4
+        )
         return self.kernel * self.mask + centre
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -51,11 +51,11 @@ class Bijection(nn.Module):
     likelihood: str = "exact"
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to noise: ``x -> (z, log|det dz/dx|)``; shapes ``(batch, *event)`` and ``(batch,)``."""
+        """Data to noise: ``x -> (z, log|det dz/dx|)``, shapes ``(batch, *event)``, ``(batch,)``."""
         raise TypeError(f"{type(self).__name__} does not define forward(x, context).")
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noise to data: ``z -> (x, log|det dx/dz|)``; shapes ``(batch, *event)`` and ``(batch,)``."""
+        """Noise to data: ``z -> (x, log|det dx/dz|)``, shapes ``(batch, *event)``, ``(batch,)``."""
         raise TypeError(f"{type(self).__name__} does not define inverse(z, context).")
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -117,22 +117,22 @@ class Compose(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = zeros_log_det(x)
-        for bijection in self.bijections:
+        for bijection in self:
             x, term = bijection(x, context)
             log_det = log_det + term
         return x, log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = zeros_log_det(z)
-        for bijection in reversed(self.bijections):
+        for bijection in reversed(list(self)):
             z, term = bijection.inverse(z, context)
             log_det = log_det + term
         return z, log_det
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        for bijection in self.bijections:
-            bijection.initialize(x, context)  # type: ignore[operator]
+        for bijection in self:
+            bijection.initialize(x, context)
             x, _ = bijection(x, context)
 
     def __iter__(self) -> Iterator[Bijection]:
@@ -190,7 +190,7 @@ class Base(nn.Module):
 
 
 class StandardNormal(Base):
-    """``log p(z) = -1/2 (|z|^2 + D log 2 pi)`` in nats, z of shape ``(batch, *shape)``; cost O(D)."""
+    """``log p(z) = -1/2 (|z|^2 + D log 2 pi)`` in nats, z ``(batch, *shape)``; cost O(D)."""
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_input(z)
@@ -272,7 +272,7 @@ class Flow(nn.Module):
 
     @property
     def likelihood(self) -> str:
-        """The weakest word among the layers': an estimate spoils a bound, a bound an exact value."""
+        """The weakest of the layers' words: an estimate spoils a bound, a bound an exact value."""
         found = {getattr(module, "likelihood", "exact") for module in self.bijection.modules()}
         found.add(getattr(self.base, "likelihood", "exact"))
         return next(word for word in ("estimate", "lower bound", "exact") if word in found)
@@ -285,7 +285,7 @@ class Flow(nn.Module):
         return self.log_prob(x, context)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density of each row in nats, shape ``(batch,)``: one ``forward`` and the base's cost."""
+        """Log-density of each row in nats, ``(batch,)``: one ``forward`` and the base's cost."""
         z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
 
@@ -293,9 +293,7 @@ class Flow(nn.Module):
         """Draw n events: one ``inverse``. Context has n rows, or one row that serves all n."""
         return self.sample_with_log_prob(n, context)[0]
 
-    def sample_with_log_prob(
-        self, n: int, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample_with_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw n events and their log-densities from the same pass, differentiable in both."""
         context = expand_context(context, n)
         z = self.base.sample(n, context)

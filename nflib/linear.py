@@ -219,8 +219,8 @@ class BlockDiagonal(Linear):
 class LU(Linear):
     """``W = P L U`` with P a fixed permutation, L unit lower and U upper triangular.
 
-    ``log|det| = sum_i log|u_ii|`` in O(D); the inverse is two substitutions, O(D^2). The diagonal of
-    U keeps the sign it starts with and learns its logarithm, so W is never singular. Starts as a
+    ``log|det| = sum_i log|u_ii|`` in O(D); the inverse is two substitutions, O(D^2). The diagonal
+    of U keeps the sign it starts with and learns its logarithm, so W is never singular. Starts as a
     random rotation. Kingma and Dhariwal 2018, https://arxiv.org/abs/1807.03039.
 
     Args:
@@ -228,6 +228,7 @@ class LU(Linear):
         weight: an invertible ``(dim, dim)`` matrix to start from instead.
     """
 
+    order: Tensor
     inverse_order: Tensor
     sign: Tensor
 
@@ -250,13 +251,7 @@ class LU(Linear):
         order = p.argmax(1)
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort(), persistent=False)
-        self.register_load_state_dict_post_hook(self._refresh)
-
-    order: Tensor
-
-    @staticmethod
-    def _refresh(module: nn.Module, _: object) -> None:
-        module.inverse_order.copy_(module.order.argsort())  # type: ignore[operator, union-attr]
+        self.register_load_state_dict_post_hook(refresh_inverse_order)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The triangular factors (L, U), each ``(dim, dim)``."""
@@ -295,12 +290,13 @@ class Permutation(Bijection):
         indices = torch.randperm(order) if isinstance(order, int) else torch.as_tensor(order)
         if indices.ndim != 1 or not torch.equal(indices.sort().values, torch.arange(len(indices))):
             raise ShapeError(
-                f"Permutation expects each of 0..{indices.numel() - 1} once, got {indices.tolist()}."
+                f"Permutation expects each of 0..{indices.numel() - 1} once, "
+                f"got {indices.tolist()}."
             )
         self.dim = len(indices)
         self.register_buffer("order", indices)
         self.register_buffer("inverse_order", indices.argsort(), persistent=False)
-        self.register_load_state_dict_post_hook(LU._refresh)
+        self.register_load_state_dict_post_hook(refresh_inverse_order)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check_size(x, context)
@@ -355,7 +351,7 @@ class Householder(Linear):
 
 
 def reflect(x: Tensor, vectors: Tensor) -> Tensor:
-    """Reflect rows of x in each of the vectors in turn: ``(batch, D)``, ``(M, D)`` -> ``(batch, D)``.
+    """Reflect rows of x, ``(batch, D)``, in each of the vectors, ``(M, D)``, in turn.
 
     ``vectors`` may also be ``(batch, M, D)``: then each row has its own reflections.
     """
@@ -365,6 +361,11 @@ def reflect(x: Tensor, vectors: Tensor) -> Tensor:
     return x
 
 
+def refresh_inverse_order(module: nn.Module, _: object) -> None:
+    """After a load: the inverse permutation follows from the one that was stored."""
+    module.inverse_order.copy_(module.order.argsort())  # type: ignore[operator]
+
+
 def random_rotation(dim: int) -> Tensor:
     """A random orthogonal ``(dim, dim)`` matrix, uniform in the Haar measure."""
     q, r = torch.linalg.qr(torch.randn(dim, dim))
@@ -372,7 +373,7 @@ def random_rotation(dim: int) -> Tensor:
 
 
 def solve_matrix(matrix: Tensor, rhs: Tensor, name: str) -> Tensor:
-    """``matrix^-1 rhs`` for (stacks of) square matrices, or `SingularMatrixError` naming the layer."""
+    """``matrix^-1 rhs`` for (stacks of) square matrices; `SingularMatrixError` names the layer."""
     solution, info = torch.linalg.solve_ex(matrix, rhs)
     # A compiled graph cannot branch on values; there a singular matrix gives inf or NaN.
     if not torch.compiler.is_compiling() and bool(info.any()):

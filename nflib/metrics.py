@@ -79,9 +79,7 @@ def log_probs(
     return torch.cat(parts)
 
 
-def evaluate(
-    model: Any, x: Tensor, context: Tensor | None = None, batch_size: int = 2048
-) -> Score:
+def evaluate(model: Any, x: Tensor, context: Tensor | None = None, batch_size: int = 2048) -> Score:
     """The mean log-likelihood of x under any model with ``log_prob``, in evaluation mode.
 
     Args:

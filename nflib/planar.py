@@ -62,7 +62,7 @@ class Planar(ConditionedParameters):
     The second line keeps ``w^T u' > -1``, without which the map folds and is no bijection. The
     inverse solves ``a + w^T u' tanh(a + b) = w^T z`` for ``a = w^T x``, one number a row.
 
-    Shapes: x, z ``(batch, dim)``. Cost: O(D) each way. Paper: Rezende and Mohamed 2015, section 4.1.
+    Shapes: x, z ``(batch, dim)``. Cost: O(D) each way. Paper: Rezende and Mohamed 2015, 4.1.
 
     Args:
         dim: number of dimensions D.

@@ -170,6 +170,8 @@ def fit(
         parts = [at.step / total if total else 0.0, at.seconds / seconds if seconds else 0.0]
         return min(1.0, max(parts))
 
+    saved = time.monotonic()
+
     def measure(rate: float) -> None:
         nonlocal saved
         record = run.record(per_epoch, rate)
@@ -181,7 +183,7 @@ def fit(
         saved = time.monotonic()
 
     order = torch.empty(0)
-    started = saved = time.monotonic() - at.seconds
+    started = time.monotonic() - at.seconds
     bar = _bar(progress and accelerator.is_main_process, total, at.step)
     model.train()
     try:
@@ -261,7 +263,9 @@ class _Run:
         self.model = model.to(accelerator.device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
-            raise ValueError(f"fit expects a model with parameters, {type(model).__name__} has none.")
+            raise ValueError(
+                f"fit expects a model with parameters, {type(model).__name__} has none."
+            )
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
         self.parameters = parameters
         self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
@@ -436,7 +440,10 @@ class _Run:
         else:
             where = "no layer shows it when the batch is run again"
         kept = f"; the last good state is in {checkpoint}" if checkpoint is not None else ""
-        return f"The training stopped at step {self.progress.step} on a loss that is not finite: {where}{kept}."
+        return (
+            f"The training stopped at step {self.progress.step} on a loss that is not finite: "
+            f"{where}{kept}."
+        )
 
 
 def _order(rows: int, seed: int, epoch: int, device: torch.device) -> Tensor:
@@ -468,4 +475,6 @@ def _bar(show: bool, total: int | None, initial: int) -> Any:
     from tqdm import tqdm
 
     # None lets TQDM_DISABLE decide; a notebook keeps no bar in its stored outputs.
-    return tqdm(total=total, initial=initial, unit="step", disable=None if show else True, leave=False)
+    return tqdm(
+        total=total, initial=initial, unit="step", disable=None if show else True, leave=False
+    )

@@ -64,8 +64,6 @@ LAYERS: dict[str, Case] = {
     "emerging": Case(lambda: EmergingConv(2), (2, 3, 4)),
     "emerging, kernel 5": Case(lambda: EmergingConv(2, 5), (2, 4, 3)),
     "inverse": Case(lambda: Inverse(Radial(3)), (3,)),
-    "compose": Case(
-        lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_dim=2))), (3,), 2
-    ),
+    "compose": Case(lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_dim=2))), (3,), 2),
     "identity": Case(lambda: Compose(), (3,)),
 }

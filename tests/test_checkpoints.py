@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nflib import checkpoints
-from nflib.checkpoints import CheckpointError, find, load, read, save
+from nflib.checkpoints import CheckpointError, find, load, save
 from nflib.core import Compose, Flow, StandardNormal
 from nflib.linear import LU, Diagonal
 
@@ -41,7 +41,10 @@ def test_another_model_is_one_sentence_and_nothing_is_loaded(tmp_path: Path) -> 
     path = save(make(3), tmp_path / "m.safetensors")
     other = make(4)
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"another model: it has .* of shape \(3,\), the model expects \(4,\)\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"another model: it has .* \(3,\), the model expects \(4,\)\.$",
+    ):
         load(other, path)
     with pytest.raises(CheckpointError, match="which the model expects"):
         load(Flow(Compose(LU(3), Diagonal(3), LU(3)), StandardNormal(3)), path)
@@ -76,7 +79,8 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the folder is read-only")]
+    ("number", "words"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the folder is read-only")],
 )
 def test_a_failed_write_keeps_the_old_file(
     number: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +92,7 @@ def test_a_failed_write_keeps_the_old_file(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(checkpoints, "save_file", fails)
-    with pytest.raises(CheckpointError, match=f"could not be written: {words}. The file .* untouched"):
+    with pytest.raises(CheckpointError, match=f"written: {words}. The file .* untouched"):
         save(make(), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.safetensors"]
@@ -141,7 +145,7 @@ def test_registry_agrees_with_the_committed_files() -> None:
 
 
 def test_an_unknown_name_is_one_sentence() -> None:
-    with pytest.raises(CheckpointError, match="There is no file 'results/nothing.json' in the course"):
+    with pytest.raises(CheckpointError, match="There is no file 'results/nothing.json'"):
         find("results/nothing.json")
 
 
@@ -160,7 +164,9 @@ def test_without_a_clone_the_file_comes_from_the_repository_checked(
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "elsewhere" / "nflib" / "x.py"))
-        monkeypatch.setattr(checkpoints, "repository", lambda: f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(
+            checkpoints, "repository", lambda: f"http://127.0.0.1:{server.server_port}"
+        )
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         digest = checkpoints.sha256(file)
         monkeypatch.setattr(checkpoints, "_registry", lambda: {"results/a.json": digest})

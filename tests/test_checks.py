@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from layers import LAYERS
 from torch import Tensor
 
-from layers import LAYERS
 from nflib.checks import (
     AutoregressiveError,
     BatchError,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from layers import LAYERS
+
 from nflib.checks import check_bijection
 from nflib.convolution import EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection, Compose, Flow, Inverse, ShapeError, StandardNormal

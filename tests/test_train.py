@@ -39,6 +39,7 @@ def noisy(model: Flow, x: Tensor) -> Tensor:
     return -model(x + 0.1 * torch.rand_like(x)).mean()
 
 
+ROUGH = {"lr": 0.3, "schedule": "constant", "validate_every": 5}
 SETTINGS = {"steps": 40, "batch_size": 100, "ema": 0.9, "validate_every": 7, "loss": noisy}
 
 
@@ -63,16 +64,14 @@ def test_it_learns() -> None:
 
 def test_best_weights_are_kept() -> None:
     model = make()
-    history = fit(model, points(), points(500, 2), steps=60, lr=0.3, schedule="constant", validate_every=5)
+    history = fit(model, points(), points(500, 2), steps=60, **ROUGH)
     best = min(history.column("valid"))
     torch.testing.assert_close(-evaluate(model, points(500, 2)).nats, best, atol=1e-4, rtol=1e-4)
     assert history.column("valid")[-1] > best
 
 
 def test_patience_stops() -> None:
-    history = fit(
-        make(), points(), points(500, 2), steps=5000, lr=0.3, schedule="constant", validate_every=5, patience=3
-    )
+    history = fit(make(), points(), points(500, 2), steps=5000, patience=3, **ROUGH)
     assert history.records[-1]["step"] == history.best_step + 15  # type: ignore[operator]
 
 
@@ -88,7 +87,8 @@ def test_same_seed_same_weights() -> None:
 @pytest.mark.parametrize("stop", [1, 7, 13, 39])
 def test_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
     whole = make()
-    history = fit(whole, points(), points(seed=2), checkpoint=tmp_path / "whole.safetensors", **SETTINGS)
+    first = tmp_path / "whole.safetensors"
+    history = fit(whole, points(), points(seed=2), checkpoint=first, **SETTINGS)
 
     class Stop(KeyboardInterrupt):
         pass
@@ -111,7 +111,7 @@ def test_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
     assert same(whole, resumed)
     assert [r["train"] for r in again.records] == [r["train"] for r in history.records]
     assert again.best_step == history.best_step
-    whole_tensors, _ = checkpoints.read(tmp_path / "whole.safetensors")
+    whole_tensors, _ = checkpoints.read(first)
     tensors, _ = checkpoints.read(path)
     assert whole_tensors.keys() == tensors.keys()
     assert all(torch.equal(whole_tensors[k], tensors[k]) for k in tensors)
@@ -271,7 +271,8 @@ def test_two_processes_give_one_process_with_the_same_global_batch(tmp_path: Pat
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*command, str(script), str(path), str(Path(__file__).parent)], check=True, env=environment)
+    command += [str(script), str(path), str(Path(__file__).parent)]
+    subprocess.run(command, check=True, env=environment)
     one, two = make(), make()
     fit(one, points(), points(seed=2), steps=20, batch_size=64)
     checkpoints.load(two, path)

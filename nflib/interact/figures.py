@@ -186,7 +186,7 @@ def push_point(
         values,
         label=label,
         alt=alt,
-        **{"panels": 0, "start": len(values) // 2, "size": (4.8, 4.2), **options},
+        **{"panels": 0, "start": len(values) // 2, "size": (4.8, 4.2), "colours": 16, **options},
     )
 
 
