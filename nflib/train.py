@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nflib import checkpoints
 from nflib.core import Bijection
+from nflib.data import check_finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -241,9 +242,7 @@ def as_tensors(data: Any, name: str) -> list[Tensor]:
                 f"fit expects {name} with the same number of rows, at least one, "
                 f"got {[len(t) for t in tensors]}."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum()) if tensor.ndim > 1 else 1
-            raise ValueError(f"fit expects finite {name}, got NaN or infinity in {bad} rows.")
+        check_finite(tensor, name)
     return tensors
 
 
