@@ -134,23 +134,36 @@ def fit(
         CheckpointError: if the checkpoint cannot be written, or is of another run.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     tensors = as_tensors(data, "data")
     held_out = None if valid is None else as_tensors(valid, "valid")
-    if epochs is None and steps is None and seconds is None:
-        raise ValueError("fit expects a budget: epochs, steps or seconds, got none.")
+    budget = {"epochs": epochs, "steps": steps, "seconds": seconds}
+    given = {name: value for name, value in budget.items() if value is not None}
+    if not given or min(given.values()) <= 0:
+        raise ValueError(
+            f"fit expects a budget of epochs, steps or seconds above zero, got {given or 'none'}."
+        )
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"fit expects schedule 'cosine' or 'constant', got {schedule!r}.")
     if resume and checkpoint is None:
         raise ValueError("fit expects a checkpoint to resume from, got none.")
 
+    # The precision belongs to a run, while accelerate keeps it for the life of the process.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed)
     rows = len(tensors[0])
     batch = min(batch_size, rows)
+    if batch % accelerator.num_processes:
+        raise ValueError(
+            f"fit expects a batch_size that {accelerator.num_processes} processes can share "
+            f"evenly, got {batch}."
+        )
     per_epoch = rows // batch
-    limits = [n for n in (steps, None if epochs is None else round(epochs * per_epoch)) if n]
+    limits = [steps] if steps else []
+    limits += [max(1, round(epochs * per_epoch))] if epochs else []
     total = min(limits, default=None)
     every = validate_every or per_epoch
 

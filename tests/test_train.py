@@ -175,6 +175,21 @@ def test_context_and_time_budget() -> None:
     assert history.records[-1]["seconds"] >= 1.0
 
 
+def test_a_part_of_an_epoch_is_at_least_one_step() -> None:
+    history = fit(make(), points(), epochs=1e-6)
+    assert [record["step"] for record in history.records] == [1]
+
+
+def test_precision_may_change_between_runs() -> None:
+    plain, mixed = make(), make()
+    fit(plain, points(), steps=5)
+    fit(mixed, points(), steps=5, mixed_precision="bf16")
+    # These flows have no conditioner: nothing may run in bfloat16.
+    assert same(plain, mixed)
+    fit(plain, points(), steps=5)
+    assert plain(points()).dtype == torch.float32
+
+
 class Exploding(Bijection):
     """Fine for a while, then its log_det is infinite."""
 
@@ -230,6 +245,9 @@ def test_bad_data_is_one_sentence() -> None:
         fit(make(), points().numpy(), steps=1)
     with pytest.raises(ValueError, match="expects a budget"):
         fit(make(), points())
+    for budget in ({"steps": 0}, {"epochs": -1.0}, {"seconds": 0}):
+        with pytest.raises(ValueError, match="above zero, got"):
+            fit(make(), points(), **budget)
     with pytest.raises(ValueError, match="schedule"):
         fit(make(), points(), steps=1, schedule="linear")
     with pytest.raises(ValueError, match="checkpoint to resume from"):
