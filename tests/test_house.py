@@ -77,6 +77,16 @@ def test_what_is_installed_is_what_is_pinned() -> None:
         assert Version(importlib.metadata.version(name)).public == Version(pins()[name]).public
 
 
+def test_every_pin_installs_on_the_oldest_python() -> None:
+    """Debian 12 has Python 3.11.2, and some releases ask for a later 3.11."""
+    for name in pins():
+        try:
+            needs = importlib.metadata.metadata(name)["Requires-Python"]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        assert needs is None or "3.11.0" in SpecifierSet(needs), f"{name} needs Python {needs}"
+
+
 def test_an_old_python_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 9, 2, "final", 0))
     sentence = environment.make("never-made")
@@ -84,6 +94,30 @@ def test_an_old_python_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatc
         r"The course needs Python 3\.11 or later, and this is 3\.9\.2 at .*\.", sentence
     )
     assert "PYTHON=" in sentence
+
+
+def test_a_complete_environment_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command, **kw: calls.append(command) or 0)
+    assert environment.make(str(tmp_path)) is None
+    installed = [command[-1] for command in calls if "install" in command]
+    assert installed == [str(ROOT / "requirements.txt"), str(ROOT)]
+    calls.clear()
+    assert environment.make(str(tmp_path)) is None
+    assert calls == []
+    monkeypatch.setattr(environment, "fingerprint", lambda: "changed")
+    assert environment.make(str(tmp_path)) is None
+    assert calls != []
+
+
+def test_a_failed_installation_is_said_and_not_taken_for_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "call", lambda command, **kw: "--requirement" in command)
+    assert environment.make(str(tmp_path)).startswith("requirements.txt could not be installed")
+    assert not environment.is_complete(str(tmp_path))
 
 
 @pytest.mark.parametrize("root", [True, False])

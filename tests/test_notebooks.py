@@ -138,6 +138,7 @@ VIOLATIONS: dict[str, tuple[Callable[[NotebookNode], None], str]] = {
     "target": (append_text(2, "\n\n(here)=\n"), "a target of MyST"),
     "label": (append_text(2, "\n\n$$\nx\n$$ (eq-1)"), "an equation label of MyST"),
     "image": (append_text(2, "\n\n![](picture.png)"), "an image without alt text"),
+    "link": (append_text(2, "\n\nSee [later](99_never.ipynb)."), "links to 99_never.ipynb, which"),
     "setup": (append_text(1, "\nimport os"), "is not the setup cell"),
     "address": (
         add(1, source=notebooks.SETUP.format(address="https://github.com/another/fork")),
@@ -148,6 +149,10 @@ VIOLATIONS: dict[str, tuple[Callable[[NotebookNode], None], str]] = {
     "solution title": (
         add(5, source="answer = 42"),
         "does not start with '# @title Solution'",
+    ),
+    "other folds": (
+        lambda nb: nb.cells[3].metadata.update(tags=["hide-input"]),
+        "is tagged 'hide-input'",
     ),
     "no check": (drop_checks, "proves nothing with nflib.checks"),
     "long cell": (append_text(3, "\nx = 1" * 45), "has 46 lines, and 45 is the most"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
 from html.parser import HTMLParser
@@ -113,6 +114,14 @@ def test_every_chapter_has_its_colab_button(pages: dict[Path, Page]) -> None:
         page = pages[SITE / "chapters" / f"{chapter.stem}.html"]
         place = ADDRESS.replace("https://github.com/", "") + f"/blob/main/chapters/{chapter.name}"
         assert f"https://colab.research.google.com/github/{place}" in page.links
+
+
+def test_pages_call_chapters_by_their_titles() -> None:
+    for chapter in chapters():
+        title = json.loads(chapter.read_text())["cells"][0]["source"]
+        title = "".join(title).splitlines()[0].removeprefix("# ")
+        for name in ("index.md", "teaching.md", "README.md"):
+            assert title in (ROOT / name).read_text(), f"{name} calls '{title}' something else"
 
 
 def test_pages_that_are_no_notebooks_have_no_colab_button(pages: dict[Path, Page]) -> None:
