@@ -495,6 +495,9 @@ def _check_shapes(call: str, x: Tensor, out: Tensor, log_det: Tensor) -> None:
         raise LogDetError(
             f"{call} returns a log_det in {log_det.dtype}, expected {log_det_dtype(x.dtype)}."
         )
+    for what, tensor in (("an output", out), ("a log_det", log_det)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise LogDetError(f"{call} returns {what} that is not finite for finite input.")
 
 
 def _rows(context: Tensor | None, i: int) -> Tensor | None:

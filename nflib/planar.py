@@ -10,6 +10,8 @@ posterior needs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,7 +62,8 @@ class Planar(ConditionedParameters):
         u' = u + (m(w^T u) - w^T u) w / |w|^2,   m(a) = softplus(a) - 1
 
     The second line keeps ``w^T u' > -1``, without which the map folds and is no bijection. The
-    inverse solves ``a + w^T u' tanh(a + b) = w^T z`` for ``a = w^T x``, one number a row.
+    inverse solves ``a + w^T u' tanh(a + b) = w^T z`` for ``a = w^T x``, one number a row. Starts at
+    the identity (u' = 0) with a random w and b, so that a deep stack starts as one, too.
 
     Shapes: x, z ``(batch, dim)``. Cost: O(D) each way. Paper: Rezende and Mohamed 2015, 4.1.
 
@@ -70,8 +73,10 @@ class Planar(ConditionedParameters):
     """
 
     def __init__(self, dim: int, context_dim: int | None = None) -> None:
-        start = {"u": torch.randn(dim), "w": torch.randn(dim), "b": torch.randn(1)}
-        super().__init__(dim, context_dim, **{k: v / max(dim, 1) ** 0.5 for k, v in start.items()})
+        w = torch.randn(dim) / max(dim, 1) ** 0.5
+        # m(w^T u) = 0 at w^T u = log(e - 1), and u along w leaves nothing else of u'.
+        u = math.log(math.e - 1) * w / w.square().sum()
+        super().__init__(dim, context_dim, u=u, w=w, b=torch.randn(1))
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         u, w, b = self.values(context)

@@ -79,6 +79,10 @@ def detach(pair: Pair) -> Pair:
     return pair[0], pair[1].detach() * 1.0
 
 
+def spoil(pair: Pair) -> Pair:
+    return pair[0], pair[1] * torch.nan
+
+
 MUTANTS: dict[str, tuple[Bijection, type[CheckError]]] = {
     "forward sign flipped": (mutated(forward=negate), LogDetError),
     "inverse sign flipped": (mutated(inverse=negate), LogDetError),
@@ -90,6 +94,7 @@ MUTANTS: dict[str, tuple[Bijection, type[CheckError]]] = {
     "column of log_dets": (mutated(keep_shape, keep_shape), LogDetError),
     "float32 log_det": (mutated(narrow, narrow), LogDetError),
     "inverse off by 0.001": (mutated(inverse=shift), InverseError),
+    "log_det NaN": (mutated(forward=spoil), LogDetError),
     "rows mixed": (mutated(forward=centre), BatchError),
 }
 

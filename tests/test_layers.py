@@ -21,6 +21,13 @@ def test_is_a_bijection(name: str) -> None:
     check_bijection(case.make(), *case.inputs(), compile=True)
 
 
+def test_a_deep_stack_of_planar_maps_starts_as_the_identity() -> None:
+    x = torch.randn(5, 3)
+    z, log_det = Compose(*[Planar(3) for _ in range(50)])(x)
+    torch.testing.assert_close(z, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_det, torch.zeros(5), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_wrong_event_is_one_sentence(name: str) -> None:
     case = LAYERS[name]
