@@ -254,7 +254,7 @@ def check_gradients(
         ]
     else:
         losses = [lambda: model(x, context).mean() if context is not None else model(x).mean()]
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.numel()}
     for loss in losses:
         if not parameters:
             break

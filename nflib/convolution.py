@@ -22,7 +22,7 @@ from nflib.core import (
     expand_log_det,
     full_precision,
 )
-from nflib.linear import LU, Dense, Linear, random_rotation, solve_matrix
+from nflib.linear import LU, Dense, Linear, place, random_rotation, solve_matrix
 
 
 class Invertible1x1Conv(Bijection):
@@ -149,7 +149,7 @@ class CausalConv(Bijection):
         reverse: the opposite order: sees pixels below and to the right, and channels after.
     """
 
-    mask: Tensor
+    position: Tensor
 
     def __init__(
         self, channels: int, kernel_size: int = 3, reverse: bool = False, bias: bool = True
@@ -158,22 +158,23 @@ class CausalConv(Bijection):
         k = check_kernel(kernel_size, type(self).__name__)
         self.channels, self.kernel_size, self.reverse = channels, k, reverse
         self.event_shape = (channels, None, None)
-        scale = 0.1 / (k * channels**0.5)
-        self.kernel = nn.Parameter(scale * torch.randn(channels, channels, k, k))
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         mask = torch.zeros(channels, channels, k, k)
         mask[:, :, : k // 2] = 1
         mask[:, :, k // 2, : k // 2] = 1
         mask[:, :, k // 2, k // 2] = torch.ones(channels, channels).tril(-1)
-        self.register_buffer("mask", mask, persistent=False)
+        position = mask.flatten().nonzero()[:, 0]
+        # A row, not a vector: what initialises or shakes weights then sees their fan-in.
+        self.taps = nn.Parameter(0.1 / (k * channels**0.5) * torch.randn(1, len(position)))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.register_buffer("position", position, persistent=False)
 
     def weight(self) -> Tensor:
-        """The masked kernel in raster order, ``(c, c, k, k)``."""
-        centre = F.pad(
-            torch.diag(self.log_scale.exp())[..., None, None], (self.kernel_size // 2,) * 4
-        )
-        return self.kernel * self.mask + centre
+        """The kernel in raster order, ``(c, c, k, k)``: zero where the mask forbids a tap."""
+        k = self.kernel_size
+        taps = place(self.taps[0], self.position, (self.channels, self.channels, k, k))
+        diagonal = torch.diag(self.log_scale.exp())[..., None, None]
+        return taps + F.pad(diagonal, (k // 2,) * 4)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(x, context)

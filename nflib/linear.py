@@ -154,21 +154,35 @@ class Triangular(Linear):
     Args:
         dim: number of dimensions D.
         upper: the upper triangle instead of the lower.
+        weight: a triangular ``(dim, dim)`` matrix with positive diagonal to start from.
     """
 
-    rest_mask: Tensor
+    position: Tensor
 
-    def __init__(self, dim: int, bias: bool = True, upper: bool = False) -> None:
+    def __init__(
+        self, dim: int, bias: bool = True, upper: bool = False, weight: Tensor | None = None
+    ) -> None:
         super().__init__(dim, bias)
         self.upper = upper
-        self.log_scale = nn.Parameter(torch.zeros(dim))
-        self.rest = nn.Parameter(torch.zeros(dim, dim))
-        ones = torch.ones(dim, dim)
-        mask = ones.triu(1) if upper else ones.tril(-1)
-        self.register_buffer("rest_mask", mask, persistent=False)
+        start = torch.eye(dim) if weight is None else weight.detach()
+        keep = torch.triu if upper else torch.tril
+        if start.shape != (dim, dim) or not (
+            torch.equal(keep(start), start) and bool((start.diagonal() > 0).all())
+        ):
+            raise ShapeError(
+                f"Triangular expects {'an upper' if upper else 'a lower'} triangular matrix of "
+                f"shape {(dim, dim)} with positive diagonal, "
+                f"got another of shape {tuple(start.shape)}."
+            )
+        indices = torch.triu_indices if upper else torch.tril_indices
+        rows, columns = indices(dim, dim, 1 if upper else -1)
+        self.log_scale = nn.Parameter(start.diagonal().log())
+        self.rest = nn.Parameter(start[rows, columns])
+        self.register_buffer("position", rows * dim + columns, persistent=False)
 
     def weight(self) -> Tensor:
-        return self.rest * self.rest_mask + torch.diag(self.log_scale.exp())
+        rest = place(self.rest, self.position, (self.dim, self.dim))
+        return rest + torch.diag(self.log_scale.exp())
 
     def log_abs_det(self) -> Tensor:
         return self.log_scale.sum()
@@ -243,9 +257,9 @@ class LU(Linear):
             )
         p, lower, upper = torch.linalg.lu(start)
         diagonal = upper.diagonal()
-        # One matrix holds both strict triangles: D^2 parameters with the diagonal, as W has.
-        self.triangles = nn.Parameter(lower.tril(-1) + upper.triu(1))
-        self.log_scale = nn.Parameter(diagonal.abs().log())
+        # One matrix holds L below its diagonal, U above it and log|u_ii| on it: D^2 numbers, as W.
+        packed = lower.tril(-1) + upper.triu(1) + torch.diag(diagonal.abs().log())
+        self.packed = nn.Parameter(packed)
         self.register_buffer("sign", diagonal.sign())
         # (P y)_i = y_order[i]: indexing is cheaper than a product with P.
         order = p.argmax(1)
@@ -255,15 +269,15 @@ class LU(Linear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The triangular factors (L, U), each ``(dim, dim)``."""
-        diagonal = torch.diag(self.sign * self.log_scale.exp())
-        return self.triangles.tril(-1), self.triangles.triu(1) + diagonal
+        diagonal = torch.diag(self.sign * self.packed.diagonal().exp())
+        return self.packed.tril(-1), self.packed.triu(1) + diagonal
 
     def weight(self) -> Tensor:
         lower, upper = self.factors()
         return (lower @ upper + upper)[self.order]
 
     def log_abs_det(self) -> Tensor:
-        return self.log_scale.sum()
+        return self.packed.diagonal().sum()
 
     def solve(self, rhs: Tensor) -> Tensor:
         lower, upper = self.factors()
@@ -359,6 +373,11 @@ def reflect(x: Tensor, vectors: Tensor) -> Tensor:
     for unit in units.unbind(-2):
         x = x - 2 * (x * unit).sum(-1, keepdim=True) * unit
     return x
+
+
+def place(values: Tensor, position: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of zeros with values at flat positions: masked matrices store only what they use."""
+    return values.new_zeros(math.prod(shape)).index_copy(0, position, values).view(shape)
 
 
 def refresh_inverse_order(module: nn.Module, _: object) -> None:

@@ -10,7 +10,15 @@ from layers import LAYERS
 
 from nflib.checks import check_bijection
 from nflib.convolution import EmergingConv, Invertible1x1Conv, PeriodicConv
-from nflib.core import Bijection, Compose, Flow, Inverse, ShapeError, StandardNormal
+from nflib.core import (
+    Bijection,
+    Compose,
+    Flow,
+    Inverse,
+    ShapeError,
+    SingularMatrixError,
+    StandardNormal,
+)
 from nflib.linear import LU, BlockDiagonal, Dense, Diagonal, Householder, Permutation, Triangular
 from nflib.planar import Planar, Radial, Sylvester
 
@@ -19,6 +27,37 @@ from nflib.planar import Planar, Radial, Sylvester
 def test_is_a_bijection(name: str) -> None:
     case = LAYERS[name]
     check_bijection(case.make(), *case.inputs(), compile=True)
+
+
+def test_layers_start_from_a_given_matrix() -> None:
+    matrix = torch.randn(4, 4)
+    for layer in (Dense(4, weight=matrix), LU(4, weight=matrix)):
+        torch.testing.assert_close(layer.weight(), matrix)
+        assert sum(p.numel() for p in layer.parameters()) == 4 * 4 + 4
+    upper = matrix.triu(1) + torch.eye(4)
+    triangular = Triangular(4, upper=True, weight=upper)
+    torch.testing.assert_close(triangular.weight(), upper)
+    assert sum(p.numel() for p in triangular.parameters()) == 4 * 5 // 2 + 4
+    for wrong in (upper.T, -upper, torch.eye(3)):
+        with pytest.raises(ShapeError, match="upper triangular matrix"):
+            Triangular(4, upper=True, weight=wrong)
+    singular = torch.ones(4, 4)
+    for kind in (Dense, LU):
+        with pytest.raises(SingularMatrixError, match="expects an invertible matrix, got"):
+            kind(4, weight=singular)
+    dense = Dense(4)
+    torch.nn.init.ones_(dense.matrix)
+    with pytest.raises(SingularMatrixError, match="Dense expects an invertible matrix"):
+        dense.inverse(torch.randn(2, 4))
+
+
+def test_a_convolution_that_wipes_out_a_frequency_is_singular() -> None:
+    blur = PeriodicConv(1, 3)
+    torch.nn.init.zeros_(blur.weight)
+    with pytest.raises(SingularMatrixError, match="PeriodicConv expects an invertible matrix"):
+        blur.inverse(torch.randn(2, 1, 4, 4))
+    with pytest.raises(ShapeError, match="at least 3 pixels"):
+        blur(torch.randn(2, 1, 2, 4))
 
 
 def test_a_deep_stack_of_planar_maps_starts_as_the_identity() -> None:
@@ -85,7 +124,7 @@ def test_vector_layers_of_any_size(kind: type[Bijection], dim: int, seed: int) -
     check_bijection(kind(dim), torch.randn(3, dim), seed=seed)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [Dense, Diagonal, Planar, Radial])
+@pytest.mark.parametrize("kind", [Dense, Diagonal, Triangular, LU, Planar, Radial])
 def test_one_dimension(kind: type[Bijection]) -> None:
     check_bijection(kind(1), torch.randn(3, 1))  # type: ignore[arg-type]
 

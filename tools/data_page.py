@@ -28,10 +28,10 @@ Every data set of the course has a name, and one line loads it:
 ```python
 from nflib import data
 
-train = data.load("digits")            # also split="valid" and split="test"
-train.x, train.y, train.levels         # tensor, labels or None, number of grey levels or None
-print(data.card("digits"))             # this page's entry as text
-data.names()                           # all names
+train = data.load("digits")  # also split="valid" and split="test"
+train.x, train.y, train.levels  # tensor, labels or None, number of grey levels or None
+print(data.card("digits"))  # this page's entry as text
+data.names()  # all names
 ```
 
 ```{{figure}} _static/datasets.png

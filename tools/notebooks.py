@@ -6,7 +6,9 @@ changed since their outputs were stored, and brings them into the stored form.
 """
 
 import argparse
+import base64
 import hashlib
+import io
 import os
 import re
 import subprocess
@@ -149,8 +151,29 @@ def name_cells(notebook: NotebookNode) -> None:
         number += 1
 
 
+def shrink(png: str) -> str:
+    """A PNG with a palette of 256 colours where that is smaller: plots have few, and pages load."""
+    from PIL import Image
+
+    content = base64.b64decode(png)
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.mode == "P":
+            return png
+        opaque = Image.new("RGB", picture.size, "white")
+        opaque.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
+    smaller = io.BytesIO()
+    opaque.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        smaller, "PNG", optimize=True
+    )
+    best = min(content, smaller.getvalue(), key=len)
+    return base64.b64encode(best).decode()
+
+
 def tidy_outputs(cell: NotebookNode, count: int) -> None:
-    """Join streams, drop live widgets, number results: what is stored does not depend on timing."""
+    """Join streams, drop live widgets, number results: what is stored does not depend on timing.
+
+    Pictures get a palette.
+    """
     tidy: list[NotebookNode] = []
     for output in cell.outputs:
         if WIDGET_VIEW in output.get("data", {}):
@@ -160,6 +183,8 @@ def tidy_outputs(cell: NotebookNode, count: int) -> None:
             output.metadata = NotebookNode(
                 {key: value for key, value in output.metadata.items() if key.startswith("image/")}
             )
+        if "image/png" in output.get("data", {}):
+            output.data["image/png"] = shrink(output.data["image/png"])
         if output.output_type == "execute_result":
             output.execution_count = count
         previous = tidy[-1] if tidy else None
