@@ -433,6 +433,8 @@ class Mirror:
                 return
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        # A client that was killed on purpose breaks its pipe: nothing to report.
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 

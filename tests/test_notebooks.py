@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from house import ROOT, tool
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 notebooks = tool("notebooks")
 
@@ -272,3 +276,23 @@ def test_widgets_are_dropped_and_chosen_ids_kept() -> None:
 def test_an_unknown_chapter_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert notebooks.main(["run", "--chapter", "99"]) == 1
     assert "no" in capsys.readouterr().out.lower()
+
+
+def png(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def test_plots_get_a_palette_and_photographs_keep_their_colours() -> None:
+    generator = np.random.default_rng(0)
+    plot = np.full((200, 300, 3), 255, np.uint8)
+    plot[50:150, 100:200] = generator.integers(0, 200, (100, 100, 1))  # greys: at most 201 colours
+    noise = generator.integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    small, large = (png(Image.fromarray(pixels)) for pixels in (plot, noise))
+    shrunk = notebooks.shrink(small)
+    assert len(shrunk) < 0.8 * len(small)
+    with Image.open(io.BytesIO(base64.b64decode(shrunk))) as picture:
+        assert np.array_equal(np.asarray(picture.convert("RGB")), plot)
+    assert notebooks.shrink(shrunk) == shrunk
+    assert notebooks.shrink(large) == large

@@ -41,6 +41,7 @@ SOLUTION = "# @title Solution"
 MAX_BYTES = 1_048_576
 MAX_LINES = 45
 MAX_SECONDS = 90
+MAX_COLOUR_ERROR = 3  # root mean square, of 255
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {
@@ -152,8 +153,11 @@ def name_cells(notebook: NotebookNode) -> None:
 
 
 def shrink(png: str) -> str:
-    """A PNG with a palette of 256 colours where that is smaller: plots have few, and pages load."""
-    from PIL import Image
+    """A PNG with a palette of 256 colours, where that is smaller and looks the same.
+
+    Plots have few colours. Photographs have more, and keep them.
+    """
+    from PIL import Image, ImageChops, ImageStat
 
     content = base64.b64decode(png)
     with Image.open(io.BytesIO(content)) as picture:
@@ -161,12 +165,13 @@ def shrink(png: str) -> str:
             return png
         opaque = Image.new("RGB", picture.size, "white")
         opaque.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
+    palette = opaque.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     smaller = io.BytesIO()
-    opaque.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
-        smaller, "PNG", optimize=True
-    )
-    best = min(content, smaller.getvalue(), key=len)
-    return base64.b64encode(best).decode()
+    palette.save(smaller, "PNG", optimize=True)
+    error = max(ImageStat.Stat(ImageChops.difference(opaque, palette.convert("RGB"))).rms)
+    if error > MAX_COLOUR_ERROR or len(smaller.getvalue()) >= len(content):
+        return png
+    return base64.b64encode(smaller.getvalue()).decode()
 
 
 def tidy_outputs(cell: NotebookNode, count: int) -> None:
