@@ -157,6 +157,14 @@ def test_killed_at_any_moment_resumes_exactly(tmp_path: Path) -> None:
     assert path.is_file()
 
 
+def test_validating_leaves_the_training_as_it_is(tmp_path: Path) -> None:
+    watched, alone = tmp_path / "watched.safetensors", tmp_path / "alone.safetensors"
+    fit(make(), points(), points(seed=2), checkpoint=watched, **SETTINGS)
+    fit(make(), points(), checkpoint=alone, **SETTINGS)
+    one, two = checkpoints.read(watched)[0], checkpoints.read(alone)[0]
+    assert all(torch.equal(one[k], two[k]) for k in one if k.startswith(("model.", "rng.")))
+
+
 def test_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     one, other = make(), make()
