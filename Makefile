@@ -31,7 +31,7 @@ run: environment
 	@$(BIN)/python tools/notebooks.py run $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(ALL),--all)
 
 lab: environment
-	@$(BIN)/jupyter lab chapters
+	@$(BIN)/jupyter lab chapters $(if $(filter 0,$(shell id -u)),--allow-root)
 
 serve: book
 	@echo "Serving http://localhost:$(PORT) (Ctrl+C stops it)."

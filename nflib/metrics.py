@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nflib.core import Shape
+from nflib.data import check_finite
 
 
 def bits_per_dim(log_prob: Tensor | float, dims: int | Shape, levels: int = 1) -> Any:
@@ -71,6 +72,7 @@ def log_probs(
     """``model.log_prob`` of every row of x in large batches without gradients, ``(rows,)``."""
     if len(x) == 0:
         raise ValueError("log_probs expects at least one row, got none.")
+    check_finite(x)
     contexts = [None] * len(x) if context is None else context.split(batch_size)
     parts = [
         model.log_prob(part) if c is None else model.log_prob(part, c)

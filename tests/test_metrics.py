@@ -64,3 +64,5 @@ def test_any_model_with_log_prob_and_context() -> None:
     )
     with pytest.raises(ValueError, match="at least one row"):
         log_probs(Shifted(), x[:0])
+    with pytest.raises(ValueError, match="finite, but 2 of its 4 values are NaN or infinite"):
+        evaluate(Flow(LU(2), StandardNormal(2)), torch.tensor([[0.0, 1.0], [torch.nan, torch.inf]]))
