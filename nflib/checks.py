@@ -4,7 +4,7 @@ Each check compares what a layer claims with what autograd, an inverse or a grid
 and on random parameters: at its identity initialisation a wrong log-det may well be zero. A
 failed check raises a `CheckError` with the offending number; a passed one says what was compared.
 
-    report = check_bijection(MyLayer(4), torch.randn(8, 4))      # in a notebook: shows a table
+    check_bijection(MyLayer(4), torch.randn(8, 4))  # in a notebook: shows a table
 """
 
 from __future__ import annotations
@@ -153,14 +153,14 @@ def check_log_det(
             raise LogDetError(
                 f"{name}.{direction} has a singular Jacobian by autograd: it is no bijection here."
             )
-        error = worst(log_det - truth, 1 + truth.abs())
+        error = _worst(log_det - truth, 1 + truth.abs())
         if not error <= tolerance:
             row = int(((log_det - truth).abs() / (1 + truth.abs())).nan_to_num(torch.inf).argmax())
             raise LogDetError(
                 f"{name}.{direction}: log_det is {log_det[row].item():.6g} where autograd finds "
                 f"{truth[row].item():.6g} (row {row})."
             )
-        report.add(f"log_det of {direction} = autograd's log|det J|", below(tolerance, x.dtype))
+        report.add(f"log_det of {direction} = autograd's log|det J|", _below(tolerance, x.dtype))
     return report
 
 
@@ -183,17 +183,17 @@ def check_inverse(
         back, inverse_log_det = layer.inverse(z, context)
     if back.dtype != x.dtype or z.dtype != x.dtype:
         raise PrecisionError(f"{name} turns {x.dtype} into {z.dtype} and back into {back.dtype}.")
-    error = worst(back - x, 1 + x.abs())
+    error = _worst(back - x, 1 + x.abs())
     if not error <= limit:
         raise InverseError(
             f"{name}: inverse(forward(x)) differs from x by {error:.3g}, allowed is {limit:g}."
         )
-    gap = worst(forward_log_det + inverse_log_det, 1 + forward_log_det.abs())
+    gap = _worst(forward_log_det + inverse_log_det, 1 + forward_log_det.abs())
     if not gap <= limit:
         raise InverseError(
             f"{name}: the log_dets of forward and inverse add up to {gap:.3g}, expected 0."
         )
-    report.add("inverse(forward(x)) = x, log_dets cancel", below(limit, x.dtype))
+    report.add("inverse(forward(x)) = x, log_dets cancel", _below(limit, x.dtype))
     return report
 
 
@@ -219,7 +219,7 @@ def check_batch_independence(
                         f"{name}.{direction}: the {what} of single rows has shape "
                         f"{tuple(alone.shape)}, in a batch {tuple(whole[k].shape)}."
                     )
-                error = worst(alone - whole[k], 1 + whole[k].abs())
+                error = _worst(alone - whole[k], 1 + whole[k].abs())
                 if not error <= 1e-8:
                     raise BatchError(
                         f"{name}.{direction}: the {what} of a row changes by {error:.3g} "
@@ -228,7 +228,7 @@ def check_batch_independence(
             empty = function(at[:0], None if context is None else context[:0])
             if empty[0].shape != at[:0].shape or empty[1].shape != (0,):
                 raise BatchError(f"{name}.{direction} does not return an empty batch for one.")
-    report.add("each row alone = in the batch, batch of 0 works", below(1e-8, x.dtype))
+    report.add("each row alone = in the batch, batch of 0 works", _below(1e-8, x.dtype))
     return report
 
 
@@ -289,7 +289,7 @@ def check_state(
         for direction in ("forward", "inverse"):
             mine, theirs = (getattr(one, direction)(x, context) for one in (layer, other))
             if not (torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])):
-                error = worst(mine[0] - theirs[0])
+                error = _worst(mine[0] - theirs[0])
                 raise StateError(
                     f"{type(layer).__name__}.{direction} changes by {error:.3g} when its "
                     "state_dict is loaded into a second layer."
@@ -320,7 +320,7 @@ def check_autocast(
             f"{name} under autocast returns {z.dtype} and a log_det in {log_det.dtype}, "
             f"expected {x.dtype} and {expected.dtype}."
         )
-    moved = worst(log_det - expected) / x[0].numel()
+    moved = _worst(log_det - expected) / x[0].numel()
     if not moved <= tolerance:
         raise PrecisionError(
             f"{name}: log_det moves by {moved:.3g} nats per dimension under bfloat16 autocast, "
@@ -356,10 +356,10 @@ def check_compile(
                 compiled = torch.compile(function, fullgraph=True, backend=backend)(at, context)
             except Exception as error:
                 raise CompileError(f"{name}.{direction} does not compile whole: {error}") from error
-        gap = max(worst(a - b, 1 + b.abs()) for a, b in zip(compiled, eager, strict=True))
+        gap = max(_worst(a - b, 1 + b.abs()) for a, b in zip(compiled, eager, strict=True))
         if not gap <= 1e-8:
             raise CompileError(f"{name}.{direction} compiled differs from eager by {gap:.3g}.")
-    report.add("torch.compile(fullgraph=True) = eager", below(1e-8, x.dtype))
+    report.add("torch.compile(fullgraph=True) = eager", _below(1e-8, x.dtype))
     return report
 
 
@@ -467,14 +467,14 @@ def jacobian(function: Map, x: Tensor) -> Tensor:
     return torch.stack([row.flatten(1) for row in rows], 1).detach()
 
 
-def worst(error: Tensor, scale: Tensor | float = 1.0) -> float:
+def _worst(error: Tensor, scale: Tensor | float = 1.0) -> float:
     """The largest |error| / scale; NaN counts as infinite, nothing at all as zero."""
     if error.numel() == 0:
         return 0.0
     return (error.detach().abs() / scale).nan_to_num(nan=torch.inf).max().item()
 
 
-def below(tolerance: float, dtype: torch.dtype) -> str:
+def _below(tolerance: float, dtype: torch.dtype) -> str:
     """How closely two things agreed, in a form that is the same on every machine."""
     return f"{str(dtype).removeprefix('torch.')}, error < {tolerance:g}"
 
