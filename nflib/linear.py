@@ -10,7 +10,8 @@
     Householder    O(M D)               0              M D            (M reflections)
 
 Costs are for one vector; every ``forward`` is a product with W, O(D^2) or the cost of its inverse
-if that is less. Composition adds nothing: a product of matrices is a matrix.
+if that is less. A batch pays once for putting W together: O(D^2) for Triangular, O(D^3) for the
+product L U. Composition adds nothing: a product of matrices is a matrix.
 Tutorial table: Brubaker and Koethe, CVPR 2021; review: Kobyzev et al. 2019,
 https://arxiv.org/abs/1908.09257.
 """
