@@ -12,9 +12,6 @@ because other work on the machine can only make a run slower.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from benchmarks import machine
 from nflib.convolution import EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection
 from nflib.linear import LU, BlockDiagonal, Dense, Diagonal, Triangular
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK, CHANNELS, KERNEL = 16, 4, 3
 MATRIX_SIZES = [2**k for k in range(6, 13)]
 STRUCTURED_SIZES = [4**k for k in range(4, 11)]
@@ -124,20 +121,12 @@ def measure(row: Row, max_dim: int, rounds: int, min_run_time: float) -> dict[st
     return result
 
 
-def processor() -> str:
-    """The CPU's name, as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-dim", type=int, default=max(STRUCTURED_SIZES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--min-run-time", type=float, default=0.3, help="seconds a measurement")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "linear_cost.json")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "results" / "linear_cost.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
@@ -150,18 +139,14 @@ def main() -> None:
         return
     result = {
         "what": "seconds for one event, float32, the fastest of many repeats",
-        "command": " ".join(["python -m benchmarks.linear_cost", *sys.argv[1:]]),
-        "hardware": processor(),
-        "threads": 1,
-        "torch": torch.__version__.split("+")[0],
+        **machine.facts("benchmarks.linear_cost"),
         "block": BLOCK,
         "channels": CHANNELS,
         "kernel_size": KERNEL,
         "rounds": options.rounds,
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    machine.write(options.out, result)
     print(f"Wrote {options.out.name}.")
 
 

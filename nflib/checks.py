@@ -181,6 +181,10 @@ def check_inverse(
     with torch.no_grad():
         z, forward_log_det = layer(x, context)
         back, inverse_log_det = layer.inverse(z, context)
+    if back.shape != x.shape:
+        raise InverseError(
+            f"{name}: inverse(forward(x)) has shape {tuple(back.shape)}, x {tuple(x.shape)}."
+        )
     if back.dtype != x.dtype or z.dtype != x.dtype:
         raise PrecisionError(f"{name} turns {x.dtype} into {z.dtype} and back into {back.dtype}.")
     error = _worst(back - x, 1 + x.abs())
@@ -226,7 +230,7 @@ def check_batch_independence(
                         "with the rest of the batch."
                     )
             empty = function(at[:0], None if context is None else context[:0])
-            if empty[0].shape != at[:0].shape or empty[1].shape != (0,):
+            if empty[0].shape != whole[0][:0].shape or empty[1].shape != (0,):
                 raise BatchError(f"{name}.{direction} does not return an empty batch for one.")
     report.add("each row alone = in the batch, batch of 0 works", _below(1e-8, x.dtype))
     return report
@@ -286,8 +290,9 @@ def check_state(
         other.get_buffer(name).data = layer.get_buffer(name).data.clone()
     other.load_state_dict(layer.state_dict())
     with torch.no_grad():
-        for direction in ("forward", "inverse"):
-            mine, theirs = (getattr(one, direction)(x, context) for one in (layer, other))
+        z, _ = layer(x, context)
+        for direction, at in (("forward", x), ("inverse", z)):
+            mine, theirs = (getattr(one, direction)(at, context) for one in (layer, other))
             if not (torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])):
                 error = _worst(mine[0] - theirs[0])
                 raise StateError(
@@ -484,8 +489,11 @@ def _output_of(function: Callable[..., tuple[Tensor, Tensor]], context: Tensor |
 
 
 def _check_shapes(call: str, x: Tensor, out: Tensor, log_det: Tensor) -> None:
-    if out.shape != x.shape:
-        raise LogDetError(f"{call} returns shape {tuple(out.shape)}, expected {tuple(x.shape)}.")
+    if out.shape[:1] != x.shape[:1] or out.numel() != x.numel():
+        raise LogDetError(
+            f"{call} returns shape {tuple(out.shape)}, expected as many numbers a row as in "
+            f"{tuple(x.shape)}."
+        )
     if log_det.shape != x.shape[:1]:
         raise LogDetError(
             f"{call} returns a log_det of shape {tuple(log_det.shape)}, "

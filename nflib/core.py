@@ -40,14 +40,15 @@ class Bijection(nn.Module):
     Attributes:
         event_shape: sizes of the event dims, ``None`` where any size will do; ``None`` as a whole
             if the layer takes events of any shape.
-        context_shape: shape of one row of context, or ``None`` if the layer uses no context (it is
-            then accepted and ignored, so that context can be passed through any composition).
+        context_shape: shape of one row of context, ``None`` where any size will do, or ``None`` as
+            a whole if the layer uses no context (it is then accepted and ignored, so that context
+            can be passed through any composition).
         likelihood: ``"exact"``, ``"lower bound"`` or ``"estimate"``: what a ``log_prob`` through
             this layer is.
     """
 
     event_shape: EventShape | None = None
-    context_shape: Shape | None = None
+    context_shape: EventShape | None = None
     likelihood: str = "exact"
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,6 +64,10 @@ class Bijection(nn.Module):
 
         `nflib.train.fit` calls it once, before the first step of a fresh run.
         """
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """The shape of ``forward``'s output for an event of this shape; most layers keep it."""
+        return shape
 
     def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
         """Raise `ShapeError` in one sentence if x or context cannot be this layer's input.
@@ -91,10 +96,10 @@ class Bijection(nn.Module):
                     f"{name} expects a context of shape "
                     f"{describe(('batch', *self.context_shape))}, got none."
                 )
-            if tuple(context.shape) != (x.shape[0], *self.context_shape):
+            if not fits(context.shape, (x.shape[0], *self.context_shape)):
                 raise ShapeError(
-                    f"{name} expects a context of shape {(x.shape[0], *self.context_shape)}, "
-                    f"got {tuple(context.shape)}."
+                    f"{name} expects a context of shape "
+                    f"{describe((x.shape[0], *self.context_shape))}, got {tuple(context.shape)}."
                 )
 
 
@@ -128,6 +133,11 @@ class Compose(Bijection):
             z, term = bijection.inverse(z, context)
             log_det = log_det + term
         return z, log_det
+
+    def output_shape(self, shape: Shape) -> Shape:
+        for bijection in self:
+            shape = bijection.output_shape(shape)
+        return shape
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:

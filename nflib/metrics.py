@@ -46,6 +46,7 @@ class Score:
         rows: number of rows.
         dims: numbers in a row.
         likelihood: ``"exact"``, ``"lower bound"`` or ``"estimate"``.
+        samples: draws of the model's own noise behind each row's number.
     """
 
     nats: float
@@ -53,35 +54,57 @@ class Score:
     rows: int
     dims: int
     likelihood: str
+    samples: int = 1
 
     def bits_per_dim(self, levels: int = 1) -> float:
         """The same in bits per dimension, see `nflib.metrics.bits_per_dim`."""
         return float(bits_per_dim(self.nats, self.dims, levels))
 
     def __repr__(self) -> str:
+        draws = f" with {self.samples} samples" if self.samples > 1 else ""
         return (
-            f"{self.nats:.3f} +- {self.standard_error:.3f} nats ({self.likelihood}, "
+            f"{self.nats:.3f} +- {self.standard_error:.3f} nats ({self.likelihood}{draws}, "
             f"{self.rows} rows of {self.dims})"
         )
 
 
 @torch.no_grad()
 def log_probs(
-    model: Any, x: Tensor, context: Tensor | None = None, batch_size: int = 2048
+    model: Any,
+    x: Tensor,
+    context: Tensor | None = None,
+    batch_size: int = 2048,
+    samples: int = 1,
 ) -> Tensor:
-    """``model.log_prob`` of every row of x in large batches without gradients, ``(rows,)``."""
+    """``model.log_prob`` of every row of x in large batches without gradients, ``(rows,)``.
+
+    With ``samples = K > 1`` the model is asked K times and a row gets
+    ``log 1/K sum_k exp(log_prob_k)``: for a model that draws noise of its own, such as
+    dequantization, the importance-weighted bound, which rises towards log P(x) with K (Burda et
+    al. 2015, https://arxiv.org/abs/1509.00519).
+    """
     if len(x) == 0:
         raise ValueError("log_probs expects at least one row, got none.")
+    if samples < 1:
+        raise ValueError(f"log_probs expects at least one sample, got {samples}.")
     check_finite(x)
     contexts = [None] * len(x) if context is None else context.split(batch_size)
-    parts = [
-        model.log_prob(part) if c is None else model.log_prob(part, c)
-        for part, c in zip(x.split(batch_size), contexts, strict=False)
-    ]
+    parts = []
+    for part, c in zip(x.split(batch_size), contexts, strict=False):
+        draws = [
+            model.log_prob(part) if c is None else model.log_prob(part, c) for _ in range(samples)
+        ]
+        parts.append(torch.stack(draws).logsumexp(0) - math.log(samples))
     return torch.cat(parts)
 
 
-def evaluate(model: Any, x: Tensor, context: Tensor | None = None, batch_size: int = 2048) -> Score:
+def evaluate(
+    model: Any,
+    x: Tensor,
+    context: Tensor | None = None,
+    batch_size: int = 2048,
+    samples: int = 1,
+) -> Score:
     """The mean log-likelihood of x under any model with ``log_prob``, in evaluation mode.
 
     Args:
@@ -89,12 +112,13 @@ def evaluate(model: Any, x: Tensor, context: Tensor | None = None, batch_size: i
         x: data, ``(rows, *event)``.
         context: ``(rows, ...)`` if the model is conditional.
         batch_size: rows at a time; only memory depends on it.
+        samples: draws of the model's own noise for each row, see `log_probs`; cost grows with it.
     """
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
     try:
-        values = log_probs(model, x, context, batch_size).double()
+        values = log_probs(model, x, context, batch_size, samples).double()
     finally:
         if was_training:
             model.train()
@@ -105,4 +129,5 @@ def evaluate(model: Any, x: Tensor, context: Tensor | None = None, batch_size: i
         rows=len(values),
         dims=x[0].numel(),
         likelihood=getattr(model, "likelihood", "exact"),
+        samples=samples,
     )

@@ -1,0 +1,42 @@
+"""Where and how a measurement was made: what every file of results/ says of itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def processor() -> str:
+    """The CPU's name, as the operating system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def hardware() -> str:
+    """The accelerator's name where there is one, else the CPU's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
+def facts(module: str) -> dict[str, Any]:
+    """Command, hardware, threads and torch's version of the running measurement."""
+    return {
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """One result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

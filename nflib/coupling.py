@@ -1,0 +1,225 @@
+"""Coupling: one part of the event decides how the other part is moved.
+
+    x = (x_A, x_B),    z_A = x_A,    z_B = tau(x_B; theta(x_A)),    log|det| = sum_j log tau'_j
+
+The Jacobian is triangular in blocks, whatever network computes theta: it is never inverted, only
+run again. A mask says which part is which; all masks of nflib are here.
+Dinh et al. 2014 (NICE), https://arxiv.org/abs/1410.8516, and 2016 (RealNVP),
+https://arxiv.org/abs/1605.08803.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nflib.core import Bijection, EventShape, ShapeError, log_det_dtype, sum_event
+from nflib.elementwise import Elementwise
+
+# Builds a conditioner for so many inputs and outputs: a class of nflib.nets, or a partial of one.
+Network = Callable[[int, int], nn.Module]
+
+
+class Mask(nn.Module):
+    """Which entries a coupling keeps (and shows to its conditioner) and which it moves.
+
+    Attributes:
+        event_shape: the events it splits.
+        inputs: how many numbers, or channels, the conditioner sees.
+        outputs: for how many numbers, or channels, it predicts parameters.
+    """
+
+    event_shape: EventShape | None
+    inputs: int
+    outputs: int
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the conditioner sees, and the entries that are moved."""
+        raise TypeError(f"{type(self).__name__} does not define split(x).")
+
+    def select(self, parameters: Tensor) -> Tensor:
+        """The conditioner's ``(batch, count, outputs, ...)`` at the entries that are moved."""
+        return parameters
+
+    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
+        """x with the entries that are moved replaced."""
+        raise TypeError(f"{type(self).__name__} does not define merge(x, moved).")
+
+    def kept(self, *shape: int) -> Tensor:
+        """A picture of the mask: a boolean tensor of the event's shape, True where x is kept."""
+        nothing = torch.zeros(1, *shape)
+        return self.merge(nothing, self.split(nothing)[1] + 1)[0] == 0
+
+
+class DimensionMask(Mask):
+    """Keeps some entries along the first event dim: numbers of a vector, or channels of an image.
+
+    Args:
+        keep: one truth value for each entry; some, but not all of them true.
+    """
+
+    order: Tensor
+    inverse_order: Tensor
+
+    def __init__(self, keep: Sequence[bool] | Tensor) -> None:
+        super().__init__()
+        flags = torch.as_tensor(keep)
+        if flags.dtype != torch.bool or flags.ndim != 1 or flags.all() or not flags.any():
+            raise ShapeError(
+                "DimensionMask expects a truth value for each dimension, some true and some "
+                f"false, got {flags.tolist()}."
+            )
+        self.dim, self.inputs = len(flags), int(flags.sum())
+        self.outputs = self.dim - self.inputs
+        self.event_shape = None
+        order = torch.cat([flags.nonzero()[:, 0], (~flags).nonzero()[:, 0]])
+        # Two contiguous parts need no indexing; which of the two is kept decides their order.
+        self.contiguous = bool((flags[1:] != flags[:-1]).sum() == 1)
+        self.first = bool(flags[0])
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse_order", order.argsort(), persistent=False)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim < 2 or x.shape[1] != self.dim:
+            raise ShapeError(
+                f"DimensionMask expects shape (batch, {self.dim}, ...), got {tuple(x.shape)}."
+            )
+        if self.contiguous and self.first:
+            kept, moved = x.split([self.inputs, self.outputs], 1)
+            return kept, moved
+        if self.contiguous:
+            moved, kept = x.split([self.outputs, self.inputs], 1)
+            return kept, moved
+        kept, moved = x.index_select(1, self.order).split([self.inputs, self.outputs], 1)
+        return kept, moved
+
+    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
+        kept, _ = self.split(x)
+        if self.contiguous:
+            return torch.cat([kept, moved] if self.first else [moved, kept], 1)
+        return torch.cat([kept, moved], 1).index_select(1, self.inverse_order)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, keeps {self.order[: self.inputs].tolist()}"
+
+
+class CheckerboardMask(Mask):
+    """Keeps every other pixel of an image, all of its channels, like the black squares of a board.
+
+    The conditioner sees the image with zeros where pixels are moved, so that its convolutions keep
+    their geometry; only the moved pixels are passed on to the elementwise map. Any height and
+    width that give both colours a pixel.
+
+    Args:
+        channels, height, width: of the image.
+        flip: keep the other colour.
+    """
+
+    keep: Tensor
+    index: Tensor
+
+    def __init__(self, channels: int, height: int, width: int, *, flip: bool = False) -> None:
+        super().__init__()
+        if channels < 1 or height * width < 2:
+            raise ShapeError(
+                "CheckerboardMask expects images of at least two pixels, "
+                f"got shape {(channels, height, width)}."
+            )
+        self.event_shape = (channels, height, width)
+        self.inputs = self.outputs = channels
+        self.flip = flip
+        parity = torch.arange(height)[:, None] + torch.arange(width)
+        keep = (parity % 2 == 0) != flip
+        self.register_buffer("keep", keep.float(), persistent=False)
+        index = (~keep).flatten().nonzero()[:, 0]
+        self.register_buffer("index", index, persistent=False)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.keep, x.flatten(2).index_select(2, self.index)
+
+    def select(self, parameters: Tensor) -> Tensor:
+        return parameters.flatten(3).index_select(3, self.index)
+
+    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
+        return x.flatten(2).index_copy(2, self.index, moved).view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(map(str, self.event_shape or ()))}, flip={self.flip}"
+
+
+def halves(dim: int, flip: bool = False) -> DimensionMask:
+    """Keeps the first half of a vector's numbers or an image's channels; flipped, the second.
+
+    Of an odd number the kept part is the larger one.
+    """
+    index = torch.arange(dim)
+    return DimensionMask(index >= dim // 2 if flip else index < dim - dim // 2)
+
+
+def alternating(dim: int, flip: bool = False) -> DimensionMask:
+    """Keeps the numbers (or channels) 0, 2, 4, ...; flipped, 1, 3, 5, ..."""
+    return DimensionMask((torch.arange(dim) % 2 == 0) != flip)
+
+
+def channels(count: int, flip: bool = False) -> DimensionMask:
+    """Keeps the first half of an image's channels; flipped, the second. The same as `halves`."""
+    return halves(count, flip)
+
+
+def checkerboard(channels: int, height: int, width: int, *, flip: bool = False) -> CheckerboardMask:
+    """Keeps every other pixel of an image, see `CheckerboardMask`."""
+    return CheckerboardMask(channels, height, width, flip=flip)
+
+
+class Coupling(Bijection):
+    """``z_A = x_A, z_B = tau(x_B; theta(x_A, context))``: any mask, map and conditioner.
+
+        log|det| = sum over B of log tau'
+
+    Both directions cost one pass of the conditioner and one of the elementwise map. Works on
+    vectors and images alike: what the mask splits, the conditioner must take.
+
+    Args:
+        mask: `halves`, `alternating`, `channels` or `checkerboard`.
+        elementwise: the map tau, e.g. `nflib.elementwise.Affine()`.
+        network: builds the conditioner from its numbers of inputs and outputs: `nflib.nets.MLP`,
+            ``partial(ConvNet, hidden=64)``, or a function of your own. The conditioner is called
+            as ``net(x_A)``, or ``net(x_A, context)`` if it has a ``context_shape``.
+
+    Raises:
+        ShapeError: if the conditioner returns another shape than the map's parameters have.
+    """
+
+    def __init__(self, mask: Mask, elementwise: Elementwise, network: Network) -> None:
+        super().__init__()
+        self.mask, self.elementwise = mask, elementwise
+        self.conditioner = network(mask.inputs, elementwise.count * mask.outputs)
+        self.event_shape = mask.event_shape
+        self.context_shape = getattr(self.conditioner, "context_shape", None)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(x, context)
+        kept, moved = self.mask.split(x)
+        moved, terms = self.elementwise.forward(moved, self._theta(kept, context))
+        return self.mask.merge(x, moved), sum_event(terms.to(log_det_dtype(x.dtype)))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(z, context)
+        kept, moved = self.mask.split(z)
+        moved, terms = self.elementwise.inverse(moved, self._theta(kept, context))
+        return self.mask.merge(z, moved), sum_event(terms.to(log_det_dtype(z.dtype)))
+
+    def _theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        """theta, ``(batch, count, *moved)``; the conditioner's bfloat16, if any, ends here."""
+        net, count = self.conditioner, self.elementwise.count
+        raw = net(kept) if self.context_shape is None else net(kept, context)
+        expected = (kept.shape[0], count * self.mask.outputs, *kept.shape[2:])
+        if tuple(raw.shape) != expected:
+            raise ShapeError(
+                f"Coupling expects its conditioner to return shape {expected}, "
+                f"got {tuple(raw.shape)}."
+            )
+        raw = raw.to(kept.dtype).unflatten(1, (count, self.mask.outputs))
+        return self.mask.select(raw)

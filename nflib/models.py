@@ -1,0 +1,352 @@
+"""The papers' models as compositions: each function builds a `Flow` from parts of nflib.
+
+A shape of one number, or an int, builds the vector version, a shape ``(channels, height, width)``
+the image version. With ``grey_levels=k`` the flow takes integers 0 .. k-1, which it dequantizes,
+and ``log_prob`` is a lower bound in nats for them; without, it takes reals and is exact.
+``context_dim`` is the size of a context vector that every conditioner sees.
+
+    model        elementwise map        linear part           dequantization   several scales
+    nice         additive               diagonal, at the end  uniform          no
+    realnvp      affine                 permutations          uniform          yes (images)
+    spline_flow  rational-quadratic     LU                    uniform          no
+    naf          monotone network       LU                    uniform          no
+    glow         affine                 1x1 convolutions      uniform          yes
+    flowpp       mixture-logistic CDF   1x1 convolutions      variational      yes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from nflib.convolution import Invertible1x1Conv
+from nflib.core import Bijection, Compose, Flow, Shape, ShapeError, StandardLogistic, StandardNormal
+from nflib.coupling import Coupling, Mask, Network, alternating, channels, checkerboard, halves
+from nflib.dequantization import Logit, UniformDequantization, VariationalDequantization
+from nflib.elementwise import (
+    Additive,
+    Affine,
+    Elementwise,
+    LogisticMixtureCDF,
+    MonotoneNet,
+    RationalQuadraticSpline,
+)
+from nflib.linear import LU, Diagonal, Permutation
+from nflib.multiscale import MultiScale, Squeeze
+from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet
+from nflib.normalization import ActNorm, BatchNorm
+
+ALPHA = 1e-3  # of the logit behind dequantization
+
+
+def nice(
+    dim: int,
+    layers: int = 4,
+    hidden: Sequence[int] = (128, 128),
+    *,
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """NICE: additive couplings on alternating halves, then a learned diagonal; logistic base.
+
+    Dinh et al. 2014, https://arxiv.org/abs/1410.8516 (there: 4 couplings of 5 hidden layers of
+    1000 units, no logit).
+
+    Args:
+        dim: number of dimensions.
+        layers: number of couplings.
+        hidden: widths of the conditioners' hidden layers.
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    net = partial(MLP, hidden=hidden, context=context_dim, dropout=dropout)
+    couplings = [
+        Coupling(alternating(dim, flip=k % 2 == 1), Additive(), net) for k in range(layers)
+    ]
+    steps = [*dequantize(grey_levels), ActNorm(dim), *couplings, Diagonal(dim)]
+    return Flow(Compose(*steps), StandardLogistic(dim))
+
+
+def realnvp(
+    shape: int | Shape,
+    layers: int = 8,
+    hidden: Sequence[int] = (128, 128),
+    *,
+    levels: int = 2,
+    normalization: str = "actnorm",
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """RealNVP: affine couplings, each followed by the one that moves the other half.
+
+    Vectors: halves, and a random permutation after each pair of couplings. Images: in each level
+    half of the couplings have checkerboard masks, then the image is squeezed and the others split
+    its channels; half of the channels is factored out. The last level has checkerboards only.
+    Dinh et al. 2016, https://arxiv.org/abs/1605.08803 (there: batch norm).
+
+    Args:
+        shape: number of dimensions, or (channels, height, width).
+        layers: number of couplings; of an image, in each level.
+        hidden: widths of the conditioners' hidden layers; for an image one residual block for each.
+        levels: number of scales of an image.
+        normalization: ``"actnorm"`` or ``"batchnorm"``, before each coupling.
+        context_dim: size of the context vector, if any.
+        dropout: of the conditioners.
+        grey_levels: number of grey levels if the data are integers.
+    """
+    if len(sizes(shape)) == 3:
+        net = partial(ResidualConvNet, hidden=hidden, context=context_dim, dropout=dropout)
+        return _image_realnvp(sizes(shape), layers, levels, net, normalization, grey_levels)
+    (dim,) = sizes(shape)
+    mlp = partial(MLP, hidden=hidden, context=context_dim, dropout=dropout)
+    steps: list[Bijection] = dequantize(grey_levels)
+    for k in range(layers):
+        if k % 2 == 0 and k > 0 and dim > 2:
+            steps.append(Permutation(dim))
+        steps += [normalize(dim, normalization), Coupling(halves(dim, k % 2 == 1), Affine(), mlp)]
+    return Flow(Compose(*steps), StandardNormal(dim))
+
+
+def _image_realnvp(
+    shape: Shape,
+    layers: int,
+    levels: int,
+    net: Network,
+    normalization: str,
+    grey_levels: int | None,
+) -> Flow:
+    def couplings(masks: Sequence[Mask], count: int) -> list[Bijection]:
+        steps: list[Bijection] = []
+        for mask in masks:
+            steps += [normalize(count, normalization), Coupling(mask, Affine(), net)]
+        return steps
+
+    scales, (c, height, width) = [], shape
+    for level in range(levels):
+        is_last = level == levels - 1
+        boards = layers if is_last else layers - layers // 2
+        board = [checkerboard(c, height, width, flip=k % 2 == 1) for k in range(boards)]
+        split = [channels(4 * c, flip=k % 2 == 1) for k in range(layers - boards)]
+        squeezed = [] if is_last else [Squeeze(), *couplings(split, 4 * c)]
+        scales.append(Compose(*couplings(board, c), *squeezed))
+        c, height, width = 2 * c, height // 2, width // 2
+    whole = Compose(*dequantize(grey_levels), MultiScale(shape, *scales))
+    return Flow(whole, StandardNormal(*whole.output_shape(shape)))
+
+
+def spline_flow(
+    dim: int,
+    layers: int = 5,
+    bins: int = 8,
+    hidden: Sequence[int] = (128, 128),
+    *,
+    limit: float = 4.0,
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """Rational-quadratic spline couplings with LU linear layers between them.
+
+    Durkan et al. 2019, https://arxiv.org/abs/1906.04032, the coupling variant.
+
+    Args:
+        dim: number of dimensions.
+        layers: number of couplings.
+        bins: of each spline.
+        hidden: widths of the conditioners' hidden layers.
+        limit: the splines bend within [-limit, limit].
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    net = partial(MLP, hidden=hidden, context=context_dim, dropout=dropout)
+    spline = RationalQuadraticSpline(bins, limit)
+    return Flow(
+        Compose(*dequantize(grey_levels), *_linear_couplings(dim, layers, spline, net)),
+        StandardNormal(dim),
+    )
+
+
+def naf(
+    dim: int,
+    layers: int = 4,
+    units: int = 8,
+    hidden: Sequence[int] = (128, 128),
+    *,
+    depth: int = 2,
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """Couplings whose elementwise map is a monotone network (deep sigmoidal flow).
+
+    Huang et al. 2018, https://arxiv.org/abs/1804.00779; their conditioner is autoregressive, this
+    one sees half of the dimensions, so that both directions are fast.
+
+    Args:
+        dim: number of dimensions.
+        layers: number of couplings.
+        units: sigmoid units in each layer of the monotone network.
+        hidden: widths of the conditioners' hidden layers.
+        depth: layers of the monotone network.
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    net = partial(MLP, hidden=hidden, context=context_dim, dropout=dropout)
+    monotone = MonotoneNet(units, depth)
+    return Flow(
+        Compose(*dequantize(grey_levels), *_linear_couplings(dim, layers, monotone, net)),
+        StandardNormal(dim),
+    )
+
+
+def _linear_couplings(
+    dim: int, layers: int, elementwise: Elementwise, net: Network
+) -> list[Bijection]:
+    """ActNorm, LU and a coupling, ``layers`` times."""
+    steps: list[Bijection] = []
+    for k in range(layers):
+        mask = halves(dim, flip=k % 2 == 1)
+        steps += [ActNorm(dim), LU(dim, bias=False), Coupling(mask, elementwise, net)]
+    return steps
+
+
+def glow(
+    shape: Shape,
+    levels: int = 2,
+    steps: int = 4,
+    hidden: int = 128,
+    *,
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """Glow: levels of a squeeze and steps of actnorm, invertible 1x1 convolution, affine coupling.
+
+    After each level but the last half of the channels is factored out, with a learned prior given
+    the other half. Kingma and Dhariwal 2018, https://arxiv.org/abs/1807.03039.
+
+    Args:
+        shape: channels, height and width; both sides multiples of 2^levels.
+        levels: number of scales (the paper's L).
+        steps: number of steps in each level (the paper's K).
+        hidden: channels of the conditioners (the paper: 512).
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    net = partial(ConvNet, hidden=hidden, context=context_dim, dropout=dropout)
+    scales, (c, _, _) = [], sizes(shape, 3)
+    for level in range(levels):
+        c *= 4
+        parts: list[Bijection] = [Squeeze()]
+        for _ in range(steps):
+            parts += [ActNorm(c), Invertible1x1Conv(c), Coupling(channels(c), Affine(), net)]
+        if level < levels - 1:
+            parts.append(Coupling(channels(c), Affine(), net))  # the prior of what leaves here
+        scales.append(Compose(*parts))
+        c //= 2
+    whole = Compose(*dequantize(grey_levels), MultiScale(shape, *scales))
+    return Flow(whole, StandardNormal(*whole.output_shape(shape)))
+
+
+def flowpp(
+    shape: Shape,
+    hidden: int = 64,
+    blocks: int = 2,
+    *,
+    components: int = 8,
+    couplings: tuple[int, int, int] = (4, 2, 3),
+    attention: int = 4,
+    elementwise: Elementwise | None = None,
+    dequantization: str = "variational",
+    noise_couplings: int = 2,
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """Flow++: mixture-logistic couplings, gated convolutions with attention, learned noise.
+
+    Checkerboard couplings at full size, then a squeeze, couplings that split the channels, and
+    checkerboards again. Ho et al. 2019, https://arxiv.org/abs/1902.00275 (there: 96 channels, 10
+    blocks, 32 components).
+
+    Args:
+        shape: channels, height and width, both even.
+        hidden: channels of the conditioners.
+        blocks: gated blocks in each conditioner.
+        components: logistic densities in each mixture.
+        couplings: how many before the squeeze, how many split channels, how many checkerboards end.
+        attention: number of heads; 0 leaves the attention out.
+        elementwise: another map in the place of the mixture CDF, for comparison.
+        dequantization: ``"variational"`` or ``"uniform"``.
+        noise_couplings: couplings of the flow that makes the noise.
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    if dequantization not in ("variational", "uniform"):
+        raise ValueError(
+            f"flowpp expects dequantization 'variational' or 'uniform', got {dequantization!r}."
+        )
+    c, height, width = sizes(shape, 3)
+    tau = elementwise or LogisticMixtureCDF(components)
+
+    def network(size: tuple[int, int]) -> Network:
+        gated = partial(GatedConvNet, hidden=hidden, blocks=blocks, heads=attention)
+        return partial(gated, size=size, context=context_dim, dropout=dropout)
+
+    def step(mask: Mask, count: int, net: Network) -> list[Bijection]:
+        return [ActNorm(count), Invertible1x1Conv(count), Coupling(mask, tau, net)]
+
+    steps: list[Bijection] = []
+    first, split, last = couplings
+    squeezed = (4 * c, height // 2, width // 2)
+    full, small = network((height, width)), network((squeezed[1], squeezed[2]))
+    for k in range(first):
+        steps += step(checkerboard(*shape, flip=k % 2 == 1), c, full)
+    steps.append(Squeeze())
+    for k in range(split):
+        steps += step(channels(4 * c, flip=k % 2 == 1), 4 * c, small)
+    for k in range(last):
+        steps += step(checkerboard(*squeezed, flip=k % 2 == 1), 4 * c, small)
+
+    pixels: list[Bijection] = dequantize(grey_levels)
+    if grey_levels is not None and dequantization == "variational":
+        # The noise is simpler than the image: a lighter network, which sees the image, will do.
+        light = partial(
+            GatedConvNet,
+            hidden=hidden // 2,
+            blocks=1,
+            heads=0,
+            context=tuple(shape),
+            dropout=dropout,
+        )
+        noise: list[Bijection] = []
+        for k in range(noise_couplings):
+            board = checkerboard(*shape, flip=k % 2 == 1)
+            noise += [ActNorm(c), Coupling(board, tau, light)]
+        pixels[0] = VariationalDequantization(grey_levels, Compose(*noise, ActNorm(c)))
+    return Flow(Compose(*pixels, *steps), StandardNormal(*squeezed))
+
+
+def dequantize(grey_levels: int | None) -> list[Bijection]:
+    """Uniform dequantization and the logit for integers; nothing for reals."""
+    if grey_levels is None:
+        return []
+    return [UniformDequantization(grey_levels), Logit(ALPHA)]
+
+
+def normalize(dim: int, kind: str) -> Bijection:
+    """The normalization layer of that name."""
+    kinds: dict[str, type[ActNorm] | type[BatchNorm]] = {"actnorm": ActNorm, "batchnorm": BatchNorm}
+    if kind not in kinds:
+        raise ValueError(f"normalization expects 'actnorm' or 'batchnorm', got {kind!r}.")
+    return kinds[kind](dim)
+
+
+def sizes(shape: int | Shape, dims: int | None = None) -> Shape:
+    """A shape as a tuple, of 1 or 3 numbers (or as many as ``dims`` says)."""
+    found = (shape,) if isinstance(shape, int) else tuple(shape)
+    allowed = (1, 3) if dims is None else (dims,)
+    if len(found) not in allowed or min(found) < 1:
+        raise ShapeError(
+            "A model expects the shape of one event, "
+            f"{'a number of dimensions or ' if dims is None else ''}(channels, height, width), "
+            f"got {shape!r}."
+        )
+    return found

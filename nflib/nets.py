@@ -1,0 +1,333 @@
+"""Conditioners: the networks inside a coupling. They need no inverse, so any network will do.
+
+All are built as ``Net(inputs, outputs, ...)`` and called as ``net(x)`` or, with a context,
+``net(x, context)``. The last layer starts at zero, so that the parameters which it predicts start
+at zero and the coupling near the identity. A context is a vector of ``context_shape = (K,)`` or,
+for the convolutional networks, an image ``(K, H, W)`` of the input's height and width.
+
+Dropout acts while a model trains. Each call then draws another network, so ``inverse`` undoes
+``forward`` in evaluation mode only, which is how `nflib.train.fit` leaves a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm as with_weight_norm
+
+from nflib.core import EventShape, ShapeError
+
+Context = int | EventShape | None
+
+
+class MLP(nn.Module):
+    """Fully connected: ``(batch, inputs) -> (batch, outputs)``.
+
+    Args:
+        inputs, outputs: numbers a row.
+        hidden: widths of the hidden layers.
+        context: size of a context vector, which is appended to the input.
+        dropout: share of hidden units that are dropped in training.
+        activation: between the layers.
+        weight_norm: learn direction and length of each unit's weights separately (Salimans and
+            Kingma 2016, https://arxiv.org/abs/1602.07868).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: Sequence[int] = (128, 128),
+        context: Context = None,
+        dropout: float = 0.0,
+        activation: type[nn.Module] = nn.ReLU,
+        weight_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.context_shape = vector_context(context, "MLP")
+        sizes = [inputs + (self.context_shape[0] if self.context_shape else 0), *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+            linear = nn.Linear(before, after)
+            layers += [with_weight_norm(linear) if weight_norm else linear, activation()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        self.layers = nn.Sequential(*layers, zero_init(nn.Linear(sizes[-1], outputs)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.context_shape is not None and context is not None:
+            x = torch.cat([x, context], 1)
+        return self.layers(x)
+
+
+class ResidualMLP(nn.Module):
+    """Fully connected with shortcuts: blocks ``h + W2 a(W1 a(h))`` of equal width.
+
+    The conditioner of the neural spline flows (Durkan et al. 2019,
+    https://arxiv.org/abs/1906.04032).
+
+    Args:
+        inputs, outputs: numbers a row.
+        hidden: one block for each entry, all of the same width.
+        context, dropout, activation: as in `MLP`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: Sequence[int] = (128, 128),
+        context: Context = None,
+        dropout: float = 0.0,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        width = equal_widths(hidden, "ResidualMLP")
+        self.context_shape = vector_context(context, "ResidualMLP")
+        self.first = nn.Linear(inputs + (self.context_shape[0] if self.context_shape else 0), width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                activation(),
+                nn.Linear(width, width),
+                activation(),
+                nn.Dropout(dropout),
+                nn.Linear(width, width),
+            )
+            for _ in hidden
+        )
+        self.last = nn.Sequential(activation(), zero_init(nn.Linear(width, outputs)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.context_shape is not None and context is not None:
+            x = torch.cat([x, context], 1)
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.last(h)
+
+
+class _ImageInput(nn.Module):
+    """The first convolution of a network, which also takes the context in.
+
+    An image of context becomes further input channels, a vector shifts the hidden channels.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, context: Context, weight_norm: bool = False
+    ) -> None:
+        super().__init__()
+        shape: EventShape | None = (context,) if isinstance(context, int) else context
+        if shape is not None and (len(shape) not in (1, 3) or not shape[0]):
+            raise ShapeError(
+                "A convolutional network expects a context of shape (K,) or (K, H, W), "
+                f"got {tuple(shape)}."
+            )
+        self.context_shape = shape
+        self.is_image = shape is not None and len(shape) == 3
+        size = (shape[0] if shape else 0) or 0
+        conv = nn.Conv2d(inputs + (size if self.is_image else 0), width, 3, padding=1)
+        self.conv = with_weight_norm(conv) if weight_norm else conv
+        self.shift = nn.Linear(size, width) if shape is not None and not self.is_image else None
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.is_image and context is not None:
+            x = torch.cat([x, context], 1)
+        h = self.conv(x)
+        if self.shift is not None and context is not None:
+            h = h + self.shift(context)[:, :, None, None]
+        return h
+
+
+class ConvNet(nn.Module):
+    """Three convolutions, 3x3 - 1x1 - 3x3, with ReLU between: ``(batch, inputs, H, W)``.
+
+    The conditioner of Glow (Kingma and Dhariwal 2018, https://arxiv.org/abs/1807.03039).
+
+    Args:
+        inputs, outputs: channels.
+        hidden: channels in between.
+        context: size of a context vector, or shape ``(K, H, W)`` of an image of context.
+        dropout: share of hidden values that are dropped in training.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: int = 128,
+        context: Context = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.first = _ImageInput(inputs, hidden, context)
+        self.context_shape = self.first.context_shape
+        self.rest = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(hidden, outputs, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.rest(self.first(x, context))
+
+
+class ResidualConvNet(nn.Module):
+    """Convolutional with shortcuts: blocks ``h + conv(relu(conv(relu(h))))``, 3x3, weight norm.
+
+    The conditioner of RealNVP (Dinh et al. 2016, https://arxiv.org/abs/1605.08803), without the
+    batch norm inside of it.
+
+    Args:
+        inputs, outputs: channels.
+        hidden: one block for each entry, all of the same number of channels.
+        context, dropout: as in `ConvNet`.
+        weight_norm: as in `MLP`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: Sequence[int] = (64, 64),
+        context: Context = None,
+        dropout: float = 0.0,
+        weight_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        width = equal_widths(hidden, "ResidualConvNet")
+        self.first = _ImageInput(inputs, width, context, weight_norm)
+        self.context_shape = self.first.context_shape
+
+        def conv() -> nn.Module:
+            layer = nn.Conv2d(width, width, 3, padding=1)
+            return with_weight_norm(layer) if weight_norm else layer
+
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), conv(), nn.ReLU(), nn.Dropout(dropout), conv()) for _ in hidden
+        )
+        self.last = nn.Sequential(nn.ReLU(), zero_init(nn.Conv2d(width, outputs, 1)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.first(x, context)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.last(h)
+
+
+class GatedConvNet(nn.Module):
+    """Blocks of a gated convolution and gated self-attention over all pixels, each normalised.
+
+        h <- norm(h + a * sigmoid(b)),    (a, b) = conv(elu2(conv(elu2(h))))
+        h <- norm(h + a * sigmoid(b)),    (a, b) = project(attention(h + positions))
+
+    elu2 is ELU of h and of -h side by side. Cost of the attention: O((H W)^2). The conditioner of
+    Flow++ (Ho et al. 2019, https://arxiv.org/abs/1902.00275).
+
+    Args:
+        inputs, outputs: channels.
+        hidden: channels in between, a multiple of ``heads``.
+        blocks: number of blocks.
+        heads: of the attention; 0 leaves the attention out.
+        size: height and width, if the attention shall know where a pixel is.
+        context, dropout: as in `ConvNet`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: int = 64,
+        blocks: int = 2,
+        heads: int = 4,
+        size: tuple[int, int] | None = None,
+        context: Context = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if heads and hidden % heads:
+            raise ShapeError(
+                f"GatedConvNet expects hidden to be a multiple of heads, got {hidden} and {heads}."
+            )
+        self.first = _ImageInput(inputs, hidden, context)
+        self.context_shape = self.first.context_shape
+        layers: list[nn.Module] = []
+        for _ in range(blocks):
+            layers.append(GatedConv(hidden, dropout))
+            if heads:
+                layers.append(GatedAttention(hidden, heads, size))
+        self.blocks = nn.Sequential(*layers)
+        self.last = zero_init(nn.Conv2d(hidden, outputs, 3, padding=1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(self.blocks(self.first(x, context)))
+
+
+class GatedConv(nn.Module):
+    """``norm(h + a * sigmoid(b))``, a and b from two 3x3 convolutions of h."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.outer = nn.Conv2d(2 * width, 2 * width, 1)
+        self.norm = nn.GroupNorm(1, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = self.dropout(elu2(self.inner(elu2(h))))
+        return self.norm(h + F.glu(self.outer(inner), 1))
+
+
+class GatedAttention(nn.Module):
+    """``norm(h + a * sigmoid(b))``, a and b from self-attention between all pixels."""
+
+    def __init__(self, width: int, heads: int, size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.position = nn.Parameter(0.01 * torch.randn(1, width, *size)) if size else None
+        self.query_key_value = nn.Conv2d(width, 3 * width, 1)
+        self.outer = nn.Conv2d(width, 2 * width, 1)
+        self.norm = nn.GroupNorm(1, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        placed = h if self.position is None else h + self.position
+        # (batch, 3, heads, width / heads, pixels) -> three of (batch, heads, pixels, width / heads)
+        parts = self.query_key_value(placed).flatten(2).unflatten(1, (3, self.heads, -1))
+        query, key, value = parts.transpose(3, 4).unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.transpose(2, 3).flatten(1, 2).unflatten(2, h.shape[2:])
+        return self.norm(h + F.glu(self.outer(mixed), 1))
+
+
+def elu2(h: Tensor) -> Tensor:
+    """ELU of h and of -h, twice the channels: no direction of h is flattened."""
+    return F.elu(torch.cat([h, -h], 1))
+
+
+def zero_init(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """The layer with weights and bias set to zero."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def vector_context(context: Context, name: str) -> tuple[int] | None:
+    """The shape of a context vector, from its size or its shape."""
+    if context is None:
+        return None
+    shape = (context,) if isinstance(context, int) else tuple(context)
+    if len(shape) != 1 or not isinstance(shape[0], int) or shape[0] < 1:
+        raise ShapeError(f"{name} expects a context vector of positive size, got {context!r}.")
+    return (shape[0],)
+
+
+def equal_widths(hidden: Sequence[int], name: str) -> int:
+    """The common width of the hidden layers of a residual network."""
+    widths = set(hidden)
+    if len(widths) != 1:
+        raise ShapeError(f"{name} expects hidden layers of one width, got {tuple(hidden)}.")
+    return widths.pop()

@@ -1,0 +1,167 @@
+"""Normalization layers that are bijections: each dimension, or channel, gets mean 0 and spread 1.
+
+    z = (x - m) / s  (and a learned scale and shift),    log|det| = -H W sum_c log s_c + ...
+
+On vectors ``(batch, dim)`` every dimension is normalised, on images ``(batch, c, H, W)`` every
+channel, over all of its H W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nflib.core import Bijection, ShapeError, expand_log_det
+
+
+class _PerDimension(Bijection):
+    """What the two layers share: one scale and shift for each entry of the first event dim."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if not isinstance(dim, int) or dim < 1:
+            raise ShapeError(f"{type(self).__name__} expects a positive dim, got {dim!r}.")
+        self.dim = dim
+
+    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
+        super().check_input(x, context)
+        if x.ndim < 2 or x.shape[1] != self.dim:
+            raise ShapeError(
+                f"{type(self).__name__} expects shape (batch, {self.dim}, ...), "
+                f"got {tuple(x.shape)}."
+            )
+
+    def _column(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values of the dimensions in a shape that broadcasts with x."""
+        return values.view(-1, *[1] * (x.ndim - 2))
+
+    def _log_det(self, log_scale: Tensor, x: Tensor) -> Tensor:
+        pixels = x.shape[2:].numel()
+        return expand_log_det(log_scale.sum() * pixels, x)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}"
+
+
+class ActNorm(_PerDimension):
+    """``z = (x + b) exp(s)`` with learned b and s; ``log|det| = H W sum_c s_c``.
+
+    `initialize` sets b and s so that a first batch comes out with mean 0 and standard deviation 1
+    (a dimension without spread, as in a batch of one, keeps its scale). It is called once, by
+    `nflib.train.fit`: nothing happens behind a reader's back, and a loaded layer stays as it is.
+    Cost: O(D) each way. Kingma and Dhariwal 2018 (Glow), https://arxiv.org/abs/1807.03039.
+
+    Args:
+        dim: numbers in a vector, or channels of an image.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        self.check_input(x, context)
+        mean, variance = moments(x)
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(torch.where(variance > 1e-12, -0.5 * variance.log(), 0.0))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(x, context)
+        z = (x + self._column(self.bias, x)) * self._column(self.log_scale.exp(), x)
+        return z, self._log_det(self.log_scale, x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(z, context)
+        x = z * self._column((-self.log_scale).exp(), z) - self._column(self.bias, z)
+        return x, self._log_det(-self.log_scale, z)
+
+
+class BatchNorm(_PerDimension):
+    """``z = (x - m) exp(g) / sqrt(v + eps) + b``, m and v the mean and variance of the batch.
+
+        log|det| = H W sum_c (g_c - 1/2 log(v_c + eps))
+
+    In training m and v are the batch's own; rows then see one another, and the log-det is that of
+    the map with m and v held fixed. ``inverse`` in training undoes the last ``forward``: it uses
+    that batch's m and v. In evaluation both directions use running averages, unbiased for the
+    variance and corrected for their start, so that they are honest from the first batch on. A
+    dimension of which a batch shows one number only (a single vector) has no spread: the running
+    averages serve there, too. Before any training the layer is the identity, up to eps.
+    Cost: O(D) each way. Dinh et al. 2016 (RealNVP), appendix E, https://arxiv.org/abs/1605.08803.
+
+    Args:
+        dim: numbers in a vector, or channels of an image.
+        momentum: weight of a new batch in the running averages.
+        eps: added to the variance.
+    """
+
+    running_mean: Tensor
+    running_variance: Tensor
+    weight_of_batches: Tensor
+    batch_mean: Tensor
+    batch_variance: Tensor
+
+    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__(dim)
+        if not 0 < momentum <= 1 or not eps > 0:
+            raise ValueError(
+                "BatchNorm expects a momentum in (0, 1] and a positive eps, "
+                f"got momentum={momentum}, eps={eps}."
+            )
+        self.momentum, self.eps = momentum, eps
+        self.log_gain = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        # Averages that start at zero, and how much weight they hold: dividing corrects the start.
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_variance", torch.zeros(dim))
+        self.register_buffer("weight_of_batches", torch.zeros(()))
+        self.register_buffer("batch_mean", torch.zeros(dim))
+        self.register_buffer("batch_variance", torch.ones(dim))
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance that evaluation uses, each ``(dim,)``; 0 and 1 before any training."""
+        missing = 1 - self.weight_of_batches
+        seen = self.weight_of_batches.clamp_min(torch.finfo(missing.dtype).tiny)
+        fresh = (self.weight_of_batches == 0).to(missing.dtype)
+        return self.running_mean / seen, self.running_variance / seen + fresh
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(x, context)
+        count = x.numel() // self.dim
+        if self.training and count > 1:
+            mean, variance = moments(x)
+            with torch.no_grad():
+                unbiased = variance * (count / (count - 1))
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_variance.lerp_(unbiased, self.momentum)
+                self.weight_of_batches.lerp_(torch.ones_like(self.weight_of_batches), self.momentum)
+                self.batch_mean.copy_(mean)
+                self.batch_variance.copy_(variance)
+        else:
+            mean, variance = self.statistics()
+            if self.training:
+                self.batch_mean.copy_(mean)
+                self.batch_variance.copy_(variance)
+        log_scale = self.log_gain - 0.5 * (variance + self.eps).log()
+        z = (x - self._column(mean, x)) * self._column(log_scale.exp(), x)
+        return z + self._column(self.bias, x), self._log_det(log_scale, x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_input(z, context)
+        if self.training:
+            # Copies, for the next forward overwrites them while gradients may still be asked for.
+            mean, variance = self.batch_mean.clone(), self.batch_variance.clone()
+        else:
+            mean, variance = self.statistics()
+        log_scale = 0.5 * (variance + self.eps).log() - self.log_gain
+        x = (z - self._column(self.bias, z)) * self._column(log_scale.exp(), z)
+        return x + self._column(mean, z), self._log_det(log_scale, z)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each entry of the first event dim, each ``(dim,)``."""
+    rows = x.transpose(0, 1).flatten(1)
+    variance, mean = torch.var_mean(rows, 1, correction=0)
+    return mean, variance
