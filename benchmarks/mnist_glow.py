@@ -55,6 +55,7 @@ def main() -> None:
         **TRAINING,
     )
     torch.manual_seed(0)
+    disagreement = machine.round_trip(flow)
     test = data.load("mnist", "test").x.to(next(flow.parameters()).device)
     one, eight = (evaluate(flow, test, batch_size=500, samples=k) for k in (1, 8))
     last = history.records[-1]
@@ -65,6 +66,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in flow.parameters()),
         "test": one.bits_per_dim(),
         "test, 8 samples": eight.bits_per_dim(),
+        "round_trip": disagreement,
     }
     options.weights.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.save(flow.cpu(), options.weights, **facts)

@@ -215,6 +215,7 @@ def glow(
     steps: int = 4,
     hidden: int = 128,
     *,
+    elementwise: Elementwise | None = None,
     context_dim: int | None = None,
     dropout: float = 0.0,
     grey_levels: int | None = None,
@@ -229,15 +230,17 @@ def glow(
         levels: number of scales (the paper's L).
         steps: number of steps in each level (the paper's K).
         hidden: channels of the conditioners (the paper: 512).
+        elementwise: another map in the place of the affine one, e.g. a spline.
         context_dim, dropout, grey_levels: see `realnvp`.
     """
     net = partial(ConvNet, hidden=hidden, context=context_dim, dropout=dropout)
+    tau = elementwise or Affine()
     scales, (c, _, _) = [], sizes(shape, 3)
     for level in range(levels):
         c *= 4
         parts: list[Bijection] = [Squeeze()]
         for _ in range(steps):
-            parts += [ActNorm(c), Invertible1x1Conv(c), Coupling(channels(c), Affine(), net)]
+            parts += [ActNorm(c), Invertible1x1Conv(c), Coupling(channels(c), tau, net)]
         if level < levels - 1:
             parts.append(Coupling(channels(c), Affine(), net))  # the prior of what leaves here
         scales.append(Compose(*parts))
@@ -321,7 +324,8 @@ def flowpp(
             board = checkerboard(*shape, flip=k % 2 == 1)
             noise += [ActNorm(c), Coupling(board, tau, light)]
         pixels[0] = VariationalDequantization(grey_levels, Compose(*noise, ActNorm(c)))
-    return Flow(Compose(*pixels, *steps), StandardNormal(*squeezed))
+    whole = Compose(*pixels, *steps)
+    return Flow(whole, StandardNormal(*whole.output_shape(sizes(shape, 3))))
 
 
 def dequantize(grey_levels: int | None) -> list[Bijection]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm as with_weight_norm
 
-from nflib.core import EventShape, ShapeError
+from nflib.core import EventShape, ShapeError, describe
 
 Context = int | EventShape | None
 
@@ -47,7 +47,8 @@ class MLP(nn.Module):
         weight_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.context_shape = vector_context(context, "MLP")
+        self.name, self.inputs = "MLP", inputs
+        self.context_shape = vector_context(context, self.name)
         sizes = [inputs + (self.context_shape[0] if self.context_shape else 0), *hidden]
         layers: list[nn.Module] = []
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):
@@ -57,9 +58,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, zero_init(nn.Linear(sizes[-1], outputs)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.context_shape is not None and context is not None:
-            x = torch.cat([x, context], 1)
-        return self.layers(x)
+        return self.layers(_input(self, x, context, 2))
 
 
 class ResidualMLP(nn.Module):
@@ -85,7 +84,8 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         width = equal_widths(hidden, "ResidualMLP")
-        self.context_shape = vector_context(context, "ResidualMLP")
+        self.name, self.inputs = "ResidualMLP", inputs
+        self.context_shape = vector_context(context, self.name)
         self.first = nn.Linear(inputs + (self.context_shape[0] if self.context_shape else 0), width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -100,9 +100,7 @@ class ResidualMLP(nn.Module):
         self.last = nn.Sequential(activation(), zero_init(nn.Linear(width, outputs)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.context_shape is not None and context is not None:
-            x = torch.cat([x, context], 1)
-        h = self.first(x)
+        h = self.first(_input(self, x, context, 2))
         for block in self.blocks:
             h = h + block(h)
         return self.last(h)
@@ -115,14 +113,19 @@ class _ImageInput(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, width: int, context: Context, weight_norm: bool = False
+        self,
+        name: str,
+        inputs: int,
+        width: int,
+        context: Context,
+        weight_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.name, self.inputs = name, inputs
         shape: EventShape | None = (context,) if isinstance(context, int) else context
         if shape is not None and (len(shape) not in (1, 3) or not shape[0]):
             raise ShapeError(
-                "A convolutional network expects a context of shape (K,) or (K, H, W), "
-                f"got {tuple(shape)}."
+                f"{name} expects a context of shape (K,) or (K, H, W), got {tuple(shape)}."
             )
         self.context_shape = shape
         self.is_image = shape is not None and len(shape) == 3
@@ -132,12 +135,10 @@ class _ImageInput(nn.Module):
         self.shift = nn.Linear(size, width) if shape is not None and not self.is_image else None
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        if self.is_image and context is not None:
-            x = torch.cat([x, context], 1)
-        h = self.conv(x)
-        if self.shift is not None and context is not None:
-            h = h + self.shift(context)[:, :, None, None]
-        return h
+        if self.shift is None:
+            return self.conv(_input(self, x, context, 4))
+        h = self.conv(_input(self, x, None, 4))
+        return h + self.shift(_context(self, context))[:, :, None, None]
 
 
 class ConvNet(nn.Module):
@@ -161,7 +162,7 @@ class ConvNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.first = _ImageInput(inputs, hidden, context)
+        self.first = _ImageInput("ConvNet", inputs, hidden, context)
         self.context_shape = self.first.context_shape
         self.rest = nn.Sequential(
             nn.ReLU(),
@@ -199,7 +200,7 @@ class ResidualConvNet(nn.Module):
     ) -> None:
         super().__init__()
         width = equal_widths(hidden, "ResidualConvNet")
-        self.first = _ImageInput(inputs, width, context, weight_norm)
+        self.first = _ImageInput("ResidualConvNet", inputs, width, context, weight_norm)
         self.context_shape = self.first.context_shape
 
         def conv() -> nn.Module:
@@ -252,7 +253,7 @@ class GatedConvNet(nn.Module):
             raise ShapeError(
                 f"GatedConvNet expects hidden to be a multiple of heads, got {hidden} and {heads}."
             )
-        self.first = _ImageInput(inputs, hidden, context)
+        self.first = _ImageInput("GatedConvNet", inputs, hidden, context)
         self.context_shape = self.first.context_shape
         layers: list[nn.Module] = []
         for _ in range(blocks):
@@ -300,6 +301,33 @@ class GatedAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = mixed.transpose(2, 3).flatten(1, 2).unflatten(2, h.shape[2:])
         return self.norm(h + F.glu(self.outer(mixed), 1))
+
+
+# Networks that take a context in at their first layer, and say their name when it does not fit.
+_First = MLP | ResidualMLP | _ImageInput
+
+
+def _input(net: _First, x: Tensor, context: Tensor | None, dims: int) -> Tensor:
+    """x of so many dims, with a context of as many beside it."""
+    if x.ndim != dims or x.shape[1] != net.inputs:
+        expected = ("batch", net.inputs, "height", "width")[:dims]
+        raise ShapeError(f"{net.name} expects shape {describe(expected)}, got {tuple(x.shape)}.")
+    if net.context_shape is None or len(net.context_shape) != dims - 1:
+        return x
+    context = _context(net, context)
+    if context.shape[2:] != x.shape[2:]:
+        raise ShapeError(
+            f"{net.name} expects an image of context of its input's size {tuple(x.shape[2:])}, "
+            f"got {tuple(context.shape[2:])}."
+        )
+    return torch.cat([x, context], 1)
+
+
+def _context(net: _First, context: Tensor | None) -> Tensor:
+    shape = ("batch", *(net.context_shape or ()))
+    if context is None:
+        raise ShapeError(f"{net.name} expects a context of shape {describe(shape)}, got none.")
+    return context
 
 
 def elu2(h: Tensor) -> Tensor:
