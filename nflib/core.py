@@ -65,6 +65,13 @@ class Bijection(nn.Module):
         `nflib.train.fit` calls it once, before the first step of a fresh run.
         """
 
+    def check_data(self, x: Tensor) -> None:
+        """Raise a `ValueError` if a data set holds values that this layer cannot take.
+
+        Reads all values, so `nflib.train.fit` and `nflib.metrics.evaluate` call it once for each
+        data set and never in a training step. Most layers take any number.
+        """
+
     def output_shape(self, shape: Shape) -> Shape:
         """The shape of ``forward``'s output for an event of this shape; most layers keep it."""
         return shape
@@ -133,6 +140,10 @@ class Compose(Bijection):
             z, term = bijection.inverse(z, context)
             log_det = log_det + term
         return z, log_det
+
+    def check_data(self, x: Tensor) -> None:
+        for first in list(self)[:1]:
+            first.check_data(x)
 
     def output_shape(self, shape: Shape) -> Shape:
         for bijection in self:
@@ -290,6 +301,10 @@ class Flow(nn.Module):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set the layers' data-dependent parameters from a first batch of data."""
         self.bijection.initialize(x, context)
+
+    def check_data(self, x: Tensor) -> None:
+        """Raise a `ValueError` if a data set holds values that the first layer cannot take."""
+        self.bijection.check_data(x)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.log_prob(x, context)

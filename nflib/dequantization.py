@@ -39,9 +39,12 @@ class _Dequantization(Bijection):
         # Follows the model's device and dtype, which the integers do not tell.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Refuse data that are not whole numbers in 0 .. k-1, before any training."""
+    def check_data(self, x: Tensor) -> None:
+        """Refuse data that are not whole numbers in 0 .. k-1."""
         check(x, "The data of a dequantization", self.levels)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        self.check_data(x)
 
     def _numbers(self, x: Tensor) -> Tensor:
         if x.ndim < 2:

@@ -88,6 +88,9 @@ def log_probs(
     if samples < 1:
         raise ValueError(f"log_probs expects at least one sample, got {samples}.")
     check_finite(x)
+    check_data = getattr(model, "check_data", None)
+    if check_data is not None:
+        check_data(x)
     contexts = [None] * len(x) if context is None else context.split(batch_size)
     parts = []
     for part, c in zip(x.split(batch_size), contexts, strict=False):

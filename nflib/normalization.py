@@ -46,9 +46,9 @@ class _PerDimension(Bijection):
 class ActNorm(_PerDimension):
     """``z = (x + b) exp(s)`` with learned b and s; ``log|det| = H W sum_c s_c``.
 
-    `initialize` sets b and s so that a first batch comes out with mean 0 and standard deviation 1
-    (a dimension without spread, as in a batch of one, keeps its scale). It is called once, by
-    `nflib.train.fit`: nothing happens behind a reader's back, and a loaded layer stays as it is.
+    `initialize`, which `nflib.train.fit` calls, sets b and s so that a first batch comes out with
+    mean 0 and standard deviation 1 (a dimension without spread, as in a batch of one, keeps its
+    scale). It acts once: a layer that was initialised, trained by `fit` or loaded stays as it is.
     Cost: O(D) each way. Kingma and Dhariwal 2018 (Glow), https://arxiv.org/abs/1807.03039.
 
     Args:
@@ -59,10 +59,15 @@ class ActNorm(_PerDimension):
         super().__init__(dim)
         self.bias = nn.Parameter(torch.zeros(dim))
         self.log_scale = nn.Parameter(torch.zeros(dim))
+        self.initialized = False
+        self.register_load_state_dict_post_hook(_mark_initialized)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.check_input(x, context)
+        if self.initialized:
+            return
+        self.initialized = True
         mean, variance = moments(x)
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(variance > 1e-12, -0.5 * variance.log(), 0.0))
@@ -158,6 +163,11 @@ class BatchNorm(_PerDimension):
         log_scale = 0.5 * (variance + self.eps).log() - self.log_gain
         x = (z - self._column(self.bias, z)) * self._column(log_scale.exp(), z)
         return x + self._column(mean, z), self._log_det(log_scale, z)
+
+
+def _mark_initialized(layer: nn.Module, _: object) -> None:
+    """After a load: the parameters are somebody's, not the constructor's."""
+    layer.initialized = True  # type: ignore[assignment]
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

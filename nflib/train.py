@@ -139,6 +139,10 @@ def fit(
 
     tensors = as_tensors(data, "data")
     held_out = None if valid is None else as_tensors(valid, "valid")
+    check_data = getattr(model, "check_data", None)
+    for rows_of in (tensors, held_out):
+        if check_data is not None and rows_of is not None:
+            check_data(rows_of[0])
     budget = {"epochs": epochs, "steps": steps, "seconds": seconds}
     given = {name: value for name, value in budget.items() if value is not None}
     if not given or min(given.values()) <= 0:

@@ -6,6 +6,7 @@ A new layer joins all generic tests with one line here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,16 @@ from torch import Tensor
 
 from nflib.convolution import CausalConv, EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection, Compose, Inverse
+from nflib.coupling import Coupling, alternating, channels, checkerboard, halves
+from nflib.dequantization import Logit
+from nflib.elementwise import (
+    Additive,
+    Affine,
+    LogisticMixtureCDF,
+    MonotoneNet,
+    Pointwise,
+    RationalQuadraticSpline,
+)
 from nflib.linear import (
     LU,
     BlockDiagonal,
@@ -22,17 +33,44 @@ from nflib.linear import (
     Permutation,
     Triangular,
 )
+from nflib.multiscale import MultiScale, Squeeze
+from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet
+from nflib.normalization import ActNorm, BatchNorm
 from nflib.planar import Planar, Radial, Sylvester
 
 
 class Case(NamedTuple):
+    """A layer's constructor, its event and context, and what draws its inputs."""
+
     make: Callable[[], Bijection]
     event: tuple[int, ...]
     context: int | None = None
+    draw: Callable[..., Tensor] = torch.randn
 
     def inputs(self, batch: int = 4) -> tuple[Tensor, Tensor | None]:
         context = None if self.context is None else torch.randn(batch, self.context)
-        return torch.randn(batch, *self.event), context
+        return self.draw(batch, *self.event), context
+
+
+affine, spline = Affine(), RationalQuadraticSpline(4)
+mixture, monotone = LogisticMixtureCDF(3), MonotoneNet(3, 2)
+
+# Small networks, and the same with a context of 2 numbers.
+mlp, conv = partial(MLP, hidden=(8,)), partial(ConvNet, hidden=6)
+residual = partial(ResidualConvNet, hidden=(6,))
+gated = partial(GatedConvNet, hidden=4, blocks=1, heads=2)
+mlp2, conv2, residual2, gated2 = (partial(n, context=2) for n in (mlp, conv, residual, gated))
+
+# Masks of images: odd and even sizes, none of them square.
+board, board2 = checkerboard(1, 3, 5), checkerboard(2, 3, 2, flip=True)
+three, four = channels(3), channels(4, flip=True)
+
+
+def two_scales(context: int | None = None) -> MultiScale:
+    """One channel, then 2 of 4: a coupling that splits channels, and one on a checkerboard."""
+    net = partial(conv, context=context)
+    first = Compose(ActNorm(1), Squeeze(), Coupling(channels(4), affine, net))
+    return MultiScale((1, 4, 6), first, Coupling(checkerboard(2, 2, 3), affine, net))
 
 
 LAYERS: dict[str, Case] = {
@@ -63,7 +101,45 @@ LAYERS: dict[str, Case] = {
     "causal, reverse": Case(lambda: CausalConv(2, reverse=True), (2, 4, 3)),
     "emerging": Case(lambda: EmergingConv(2), (2, 3, 4)),
     "emerging, kernel 5": Case(lambda: EmergingConv(2, 5), (2, 4, 3)),
+    "additive coupling": Case(lambda: Coupling(halves(5), Additive(), mlp), (5,)),
+    "additive coupling, context": Case(lambda: Coupling(halves(5), Additive(), mlp2), (5,), 2),
+    "affine coupling": Case(lambda: Coupling(halves(5, flip=True), affine, mlp), (5,)),
+    "affine coupling, context": Case(lambda: Coupling(halves(5, flip=True), affine, mlp2), (5,), 2),
+    "spline coupling": Case(lambda: Coupling(alternating(5), spline, mlp), (5,)),
+    "spline coupling, context": Case(lambda: Coupling(alternating(4, True), spline, mlp2), (4,), 2),
+    "mixture coupling": Case(lambda: Coupling(halves(3), mixture, mlp), (3,)),
+    "mixture coupling, context": Case(lambda: Coupling(halves(3), mixture, mlp2), (3,), 2),
+    "monotone coupling": Case(lambda: Coupling(halves(3), monotone, mlp), (3,)),
+    "monotone coupling, context": Case(lambda: Coupling(halves(3), monotone, mlp2), (3,), 2),
+    "board, conv": Case(lambda: Coupling(board, affine, conv), (1, 3, 5)),
+    "board, conv, context": Case(lambda: Coupling(board2, affine, conv2), (2, 3, 2), 2),
+    "board, residual": Case(lambda: Coupling(board2, spline, residual), (2, 3, 2)),
+    "board, residual, context": Case(lambda: Coupling(board, spline, residual2), (1, 3, 5), 2),
+    "board, gated": Case(lambda: Coupling(board, mixture, gated), (1, 3, 5)),
+    "board, gated, context": Case(lambda: Coupling(board2, mixture, gated2), (2, 3, 2), 2),
+    "channels, conv": Case(lambda: Coupling(three, affine, conv), (3, 2, 3)),
+    "channels, conv, context": Case(lambda: Coupling(four, affine, conv2), (4, 3, 2), 2),
+    "channels, residual": Case(lambda: Coupling(four, spline, residual), (4, 3, 2)),
+    "channels, residual, context": Case(lambda: Coupling(three, spline, residual2), (3, 2, 3), 2),
+    "channels, gated": Case(lambda: Coupling(three, mixture, gated), (3, 2, 3)),
+    "channels, gated, context": Case(lambda: Coupling(four, mixture, gated2), (4, 3, 2), 2),
+    "pointwise spline": Case(lambda: Pointwise(spline, 3), (3,)),
+    "pointwise affine of an image": Case(lambda: Pointwise(affine, 2, 2, 3), (2, 2, 3)),
+    "actnorm": Case(lambda: ActNorm(3), (3,)),
+    "actnorm of an image": Case(lambda: ActNorm(2), (2, 3, 2)),
+    "batchnorm": Case(lambda: BatchNorm(3), (3,)),
+    "batchnorm of an image": Case(lambda: BatchNorm(2), (2, 3, 2)),
+    "squeeze": Case(lambda: Squeeze(), (2, 4, 2)),
+    "squeeze by 3": Case(lambda: Squeeze(3), (1, 3, 6)),
+    "multi-scale": Case(lambda: two_scales(), (1, 4, 6)),
+    "multi-scale with context": Case(lambda: two_scales(2), (1, 4, 6), 2),
+    "logit": Case(lambda: Logit(), (3,), draw=torch.rand),
+    "logit of an image": Case(lambda: Logit(0.05), (1, 2, 3), draw=torch.rand),
     "inverse": Case(lambda: Inverse(Radial(3)), (3,)),
     "compose": Case(lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_dim=2))), (3,), 2),
     "identity": Case(lambda: Compose(), (3,)),
 }
+
+# One search for an inverse takes long to compile; one of them stands for all.
+SLOW_TO_COMPILE = {n for n in LAYERS if any(w in n for w in ("mixture", "monotone", "gated"))}
+SLOW_TO_COMPILE.remove("mixture coupling")

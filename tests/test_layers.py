@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import LAYERS
+from layers import LAYERS, SLOW_TO_COMPILE
 
-from nflib.checks import check_bijection
+from nflib.checks import check_bijection, randomize_parameters
 from nflib.convolution import EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import (
     Bijection,
@@ -26,7 +26,7 @@ from nflib.planar import Planar, Radial, Sylvester
 @pytest.mark.parametrize("name", LAYERS)
 def test_is_a_bijection(name: str) -> None:
     case = LAYERS[name]
-    check_bijection(case.make(), *case.inputs(), compile=True)
+    check_bijection(case.make(), *case.inputs(), compile=name not in SLOW_TO_COMPILE)
 
 
 def test_layers_start_from_a_given_matrix() -> None:
@@ -74,9 +74,10 @@ def test_wrong_event_is_one_sentence(name: str) -> None:
     if layer.event_shape is None:
         pytest.skip("takes events of any shape")
     x, context = case.inputs()
+    some_size_is_free = None in layer.event_shape
     with pytest.raises(ShapeError, match=r"^\w+ expects .*, got .*\.$"):
-        layer(torch.cat([x, x], 1), context)
-    with pytest.raises(ShapeError, match=r"^\w+ expects .*, got .*\.$"):
+        layer(x[..., None] if some_size_is_free else torch.cat([x, x], 1), context)
+    with pytest.raises(ShapeError, match=r"^[\w.]+ expects .*, got .*\.$"):
         layer.inverse(x[0], context)
 
 
@@ -108,6 +109,7 @@ def test_missing_or_wrong_context_is_one_sentence(name: str) -> None:
 def test_context_changes_the_map(name: str) -> None:
     case = LAYERS[name]
     layer, (x, context) = case.make(), case.inputs()
+    randomize_parameters(layer)  # networks start at zero
     assert context is not None
     assert not torch.equal(layer(x, context)[0], layer(x, context + 1)[0])
 
