@@ -142,6 +142,11 @@ def measure(row: Row, seed: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """The rows that the file holds so far."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=list(ROWS), metavar="NAME")
@@ -151,9 +156,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=machine.ROOT / "results" / "digits_flows.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else {}
-    for name in options.models or []:
-        rows.pop(name, None)
     what = (
         "bits/dim of the digits' test images after so many seconds of training: lower bounds with "
         "one draw of noise (test) and with 32 (iw32); round_trip is the largest difference, in "
@@ -163,13 +165,16 @@ def main() -> None:
     for name in options.models or ROWS:
         row = ROWS[name]
         table = {key: getattr(row, key) for key in ("transformation", "dequantization", "scales")}
-        entry = rows.setdefault(name, table | {"seeds": []})
+        fresh = table | {"seeds": []}
+        entry = fresh if options.models else measured(options.out).get(name, fresh)
         for seed in [s for s in range(options.seeds) if s not in entry["seeds"]]:
             result = measure(row, seed, options.seconds)
             entry["parameters"] = result.pop("parameters")
             entry["seeds"].append(seed)
             for key, value in result.items():
                 entry.setdefault(key, []).append(value)
+            # Read again: another process may have measured other rows meanwhile.
+            rows = measured(options.out) | {name: entry}
             machine.write(options.out, {"what": what, **facts, "rows": rows})
             print(
                 f"{name}, seed {seed}: {result['test']:.3f} bits/dim, {result['iw32']:.3f} with 32 "

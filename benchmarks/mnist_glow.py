@@ -69,7 +69,7 @@ def main() -> None:
         "round_trip": disagreement,
     }
     options.weights.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(flow.cpu(), options.weights, **facts)
+    checkpoints.save(flow.cpu(), options.weights, facts=facts)
     what = "bits/dim of MNIST's test images, lower bounds with 1 and 8 draws of uniform noise"
     curve = [{k: r[k] for k in ("step", "train", "valid") if k in r} for r in history.records]
     result = {"what": what, **machine.facts("benchmarks.mnist_glow"), **facts, "history": curve}

@@ -53,6 +53,12 @@ class _Dequantization(Bijection):
             )
         return x if x.is_floating_point() else x.to(self.anchor.dtype)
 
+    def _within_cells(self, x: Tensor, u: Tensor) -> Tensor:
+        """``(x + u) / k``, never so close to a cell's end that rounding would leave the cell."""
+        margin = 4 * torch.finfo(x.dtype).eps
+        low, high = x * (1 + margin), (x + 1) * (1 - margin)
+        return torch.clamp(x + u, low, high) / self.levels
+
     def _log_levels(self, x: Tensor) -> Tensor:
         """``-D log k`` for each row: what dividing by k costs."""
         cost = -x[0].numel() * math.log(self.levels) if len(x) else 0.0
@@ -80,7 +86,7 @@ class UniformDequantization(_Dequantization):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self._numbers(x)
-        return (x + torch.rand_like(x)) / self.levels, self._log_levels(x)
+        return self._within_cells(x, torch.rand_like(x)), self._log_levels(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(z, context)
@@ -117,7 +123,7 @@ class VariationalDequantization(_Dequantization):
         x = self._numbers(x)
         noise = torch.randn_like(x)
         v, log_det = self.bijection(noise, self._scaled(x))
-        z = (x + torch.sigmoid(v)) / self.levels
+        z = self._within_cells(x, torch.sigmoid(v))
         return z, self._log_levels(x) - self._log_q(noise, v, log_det)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class ActNorm(_PerDimension):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.check_input(x, context)
-        if self.initialized:
+        if self.initialized or len(x) == 0:
             return
         self.initialized = True
         mean, variance = moments(x)

@@ -66,3 +66,40 @@ def test_any_model_with_log_prob_and_context() -> None:
         log_probs(Shifted(), x[:0])
     with pytest.raises(ValueError, match="finite, but 2 of its 4 values are NaN or infinite"):
         evaluate(Flow(LU(2), StandardNormal(2)), torch.tensor([[0.0, 1.0], [torch.nan, torch.inf]]))
+
+
+class Noisy:
+    """A model that draws noise of its own: its k-th answer for a row is log k."""
+
+    likelihood = "lower bound"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.full((len(x),), math.log(self.calls))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 10])
+def test_several_samples_give_the_logarithm_of_the_mean_probability(samples: int) -> None:
+    model, x = Noisy(), torch.randn(8, 3)
+    score = evaluate(model, x, samples=samples)
+    assert model.calls == samples
+    assert score.nats == pytest.approx(math.log((samples + 1) / 2), abs=1e-6)
+    assert (score.samples, score.likelihood) == (samples, "lower bound")
+    words = f" with {samples} samples" if samples > 1 else ""
+    assert f"nats (lower bound{words}, 8 rows of 3)" in repr(score)
+
+
+def test_samples_go_over_every_batch_and_leave_an_exact_model_as_it_is() -> None:
+    model = Noisy()
+    values = log_probs(model, torch.randn(5, 2), batch_size=2, samples=2)
+    means = torch.tensor([1.5, 1.5, 3.5, 3.5, 5.5])  # of 1 and 2, of 3 and 4, of 5 and 6
+    torch.testing.assert_close(values, means.log())
+    flow, x = Flow(LU(3), StandardNormal(3)), torch.randn(9, 3)
+    torch.testing.assert_close(log_probs(flow, x, samples=5), flow.log_prob(x))
+    # Probabilities far too small for a float are no obstacle.
+    torch.testing.assert_close(log_probs(flow, 1e3 * x, samples=5), flow.log_prob(1e3 * x))
+    with pytest.raises(ValueError, match="at least one sample, got 0"):
+        evaluate(flow, x, samples=0)
