@@ -23,8 +23,8 @@ from nflib.core import Bijection, ShapeError, StandardNormal, log_det_dtype, sum
 from nflib.data import check
 
 
-class _Dequantization(Bijection):
-    """What the two layers share: k levels, integers in, numbers in [0, 1] out."""
+class Dequantization(Bijection):
+    """What the layers of this file share: k levels, integers in, numbers in [0, 1] out."""
 
     likelihood = "lower bound"
     anchor: Tensor
@@ -72,7 +72,7 @@ class _Dequantization(Bijection):
         return f"levels={self.levels}"
 
 
-class UniformDequantization(_Dequantization):
+class UniformDequantization(Dequantization):
     """``z = (x + u) / k`` with u uniform on [0, 1)^D; contribution ``-D log k``.
 
     ``forward`` takes integers (uint8, or floats that hold integers) and draws u; ``inverse``
@@ -93,7 +93,7 @@ class UniformDequantization(_Dequantization):
         return self._pixels(z), -self._log_levels(z)
 
 
-class VariationalDequantization(_Dequantization):
+class VariationalDequantization(Dequantization):
     """``z = (x + u) / k`` with learned noise ``u = sigmoid(g(e; x))``, e standard normal.
 
         contribution = -log q(u|x) - D log k

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nflib.core import Bijection, ShapeError, expand_log_det
 
 
-class _PerDimension(Bijection):
+class PerDimension(Bijection):
     """What the two layers share: one scale and shift for each entry of the first event dim."""
 
     def __init__(self, dim: int) -> None:
@@ -43,7 +43,7 @@ class _PerDimension(Bijection):
         return f"{self.dim}"
 
 
-class ActNorm(_PerDimension):
+class ActNorm(PerDimension):
     """``z = (x + b) exp(s)`` with learned b and s; ``log|det| = H W sum_c s_c``.
 
     `initialize`, which `nflib.train.fit` calls, sets b and s so that a first batch comes out with
@@ -83,7 +83,7 @@ class ActNorm(_PerDimension):
         return x, self._log_det(-self.log_scale, z)
 
 
-class BatchNorm(_PerDimension):
+class BatchNorm(PerDimension):
     """``z = (x - m) exp(g) / sqrt(v + eps) + b``, m and v the mean and variance of the batch.
 
         log|det| = H W sum_c (g_c - 1/2 log(v_c + eps))
