@@ -40,8 +40,8 @@ class Elementwise:
     """Base of the elementwise maps.
 
     A subclass sets ``count``, how many parameters each entry needs, and writes ``forward`` and
-    ``inverse``. All parameters zero give the identity, or nearly so, which is how a network whose
-    last layer starts at zero begins.
+    ``inverse``. All parameters zero, which is how a network whose last layer starts at zero begins,
+    give the identity; the mixture and the monotone network give a smooth curve flatter than it.
     """
 
     count: int
