@@ -161,7 +161,10 @@ def main() -> None:
         "one draw of noise (test) and with 32 (iw32); round_trip is the largest difference, in "
         "nats a dimension, between log p of 10,000 samples on the way out and on the way back"
     )
-    facts = machine.facts("benchmarks.digits_flows") | {"seconds": options.seconds}
+    # --models only chooses rows: the whole file is made by the command without it.
+    command = f"python -m benchmarks.digits_flows --threads {options.threads}"
+    facts = machine.facts("benchmarks.digits_flows") | {"command": command}
+    facts["seconds"] = options.seconds
     for name in options.models or ROWS:
         row = ROWS[name]
         table = {key: getattr(row, key) for key in ("transformation", "dequantization", "scales")}
