@@ -10,6 +10,7 @@ https://arxiv.org/abs/1605.08803.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -187,14 +188,22 @@ class Coupling(Bijection):
         network: builds the conditioner from its numbers of inputs and outputs: `nflib.nets.MLP`,
             ``partial(ConvNet, hidden=64)``, or a function of your own. The conditioner is called
             as ``net(x_A)``, or ``net(x_A, context)`` if it has a ``context_shape``.
+        limit: the conditioner sees ``x_A`` clamped to [-limit, limit]. Data that are normalized
+            before the coupling never come near it, and the map stays as invertible as it was; but
+            a rare noise vector whose image leaves the range of the data can no longer be thrown
+            further out by one coupling after the other.
 
     Raises:
         ShapeError: if the conditioner returns another shape than the map's parameters have.
     """
 
-    def __init__(self, mask: Mask, elementwise: Elementwise, network: Network) -> None:
+    def __init__(
+        self, mask: Mask, elementwise: Elementwise, network: Network, *, limit: float = math.inf
+    ) -> None:
         super().__init__()
-        self.mask, self.elementwise = mask, elementwise
+        if not limit > 0:
+            raise ValueError(f"Coupling expects a positive limit, got {limit!r}.")
+        self.mask, self.elementwise, self.limit = mask, elementwise, limit
         self.conditioner = network(mask.inputs, elementwise.count * mask.outputs)
         self.event_shape = mask.event_shape
         self.context_shape = getattr(self.conditioner, "context_shape", None)
@@ -214,7 +223,8 @@ class Coupling(Bijection):
     def _theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, *moved)``; the conditioner's bfloat16, if any, ends here."""
         net, count = self.conditioner, self.elementwise.count
-        raw = net(kept) if self.context_shape is None else net(kept, context)
+        seen = kept if math.isinf(self.limit) else kept.clamp(-self.limit, self.limit)
+        raw = net(seen) if self.context_shape is None else net(seen, context)
         expected = (kept.shape[0], count * self.mask.outputs, *kept.shape[2:])
         if tuple(raw.shape) != expected:
             raise ShapeError(

@@ -37,6 +37,8 @@ from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet
 from nflib.normalization import ActNorm, BatchNorm
 
 ALPHA = 1e-3  # of the logit behind dequantization
+# What the networks of affine image flows see is clamped, see `Coupling`, far outside of the data.
+LIMIT = 12.0
 
 
 def nice(
@@ -119,7 +121,7 @@ def _image_realnvp(
     def couplings(masks: Sequence[Mask], count: int) -> list[Bijection]:
         steps: list[Bijection] = []
         for mask in masks:
-            steps += [normalize(count, normalization), Coupling(mask, Affine(), net)]
+            steps += [normalize(count, normalization), Coupling(mask, Affine(), net, limit=LIMIT)]
         return steps
 
     scales, (c, height, width) = [], shape
@@ -240,9 +242,11 @@ def glow(
         c *= 4
         parts: list[Bijection] = [Squeeze()]
         for _ in range(steps):
-            parts += [ActNorm(c), Invertible1x1Conv(c), Coupling(channels(c), tau, net)]
+            parts += [ActNorm(c), Invertible1x1Conv(c)]
+            parts.append(Coupling(channels(c), tau, net, limit=LIMIT))
         if level < levels - 1:
-            parts.append(Coupling(channels(c), Affine(), net))  # the prior of what leaves here
+            # The prior of what leaves here.
+            parts.append(Coupling(channels(c), Affine(), net, limit=LIMIT))
         scales.append(Compose(*parts))
         c //= 2
     whole = Compose(*dequantize(grey_levels), MultiScale(shape, *scales))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,7 @@ from nflib.coupling import (
     halves,
 )
 from nflib.elementwise import Additive, Affine, Elementwise, RationalQuadraticSpline
+from nflib.models import realnvp
 
 # Each mask with its event and the entries it keeps, written out.
 MASKS: dict[str, tuple[Mask, list]] = {
@@ -234,3 +236,31 @@ class Halved(Coupling):
 def test_a_wrong_log_det_is_found(layer: Bijection) -> None:
     with pytest.raises(LogDetError, match="autograd finds"):
         check_bijection(layer, torch.randn(3, 4))
+
+
+def test_the_conditioner_sees_a_clamped_input() -> None:
+    """Far out its answer stays the one at the limit, and the coupling stays a bijection."""
+    layer = Coupling(halves(4), Affine(), mlp, limit=2.0)
+    randomize_parameters(layer)
+    inner = torch.tensor([[2.0, -2.0, 0.3, 0.4]])
+    outer = torch.tensor([[50.0, -9.0, 0.3, 0.4]])
+    torch.testing.assert_close(layer(outer)[0][:, 2:], layer(inner)[0][:, 2:])
+    assert not torch.allclose(layer(inner / 2)[0][:, 2:], layer(inner)[0][:, 2:])
+    check_bijection(layer, 5 * torch.randn(6, 4))
+    with pytest.raises(ValueError, match="^Coupling expects a positive limit, got 0.$"):
+        Coupling(halves(4), Affine(), mlp, limit=0)
+
+
+def test_the_limit_keeps_an_image_flow_from_exploding() -> None:
+    """A stack whose networks answer far inputs with larger ones, with and without the limit."""
+    torch.manual_seed(0)
+    flow = realnvp((1, 4, 4), hidden=(8,), levels=1, layers=8)
+    randomize_parameters(flow)
+    couplings = [part for part in flow.modules() if isinstance(part, Coupling)]
+    z = 30 * torch.randn(50, 16)
+    sizes = []
+    for limit in (couplings[0].limit, math.inf):
+        for coupling in couplings:
+            coupling.limit = limit
+        sizes.append(flow.decode(z).abs().max().item())
+    assert sizes[0] < sizes[1] / 10
