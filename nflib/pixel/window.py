@@ -1,0 +1,224 @@
+"""Convolutions that look at a window of pixels before their own, on whole images or step by step.
+
+A window is a range of rows and of columns around a pixel, ``rows=(-1, 0), cols=(-1, 1)`` say. One
+that holds only pixels earlier in raster order (row by row, left to right) keeps a network
+autoregressive. On a whole image a `WindowConv` is an ordinary padded convolution. While a sampler
+walks over the image it keeps what it has seen in a buffer and is asked for one pixel, or one row,
+at a time: every activation is computed once, by the same code of the network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Range = tuple[int, int]
+
+
+@dataclass
+class Cursor:
+    """Where a sampler stands: a pixel, or with ``col=None`` a whole row of ``width`` pixels."""
+
+    row: int = 0
+    col: int | None = None
+
+
+class Stepwise(nn.Module):
+    """A layer that can also be run step by step along a cursor.
+
+    Args:
+        scale: how often the image was halved before this layer; the cursor counts full-size pixels.
+    """
+
+    def __init__(self, scale: int = 0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.cursor: Cursor | None = None
+
+    def open(self, cursor: Cursor, rows: int, height: int, width: int) -> None:
+        """Begin to follow the cursor over ``rows`` images of this (full) size."""
+        self.cursor = cursor
+
+    def close(self) -> None:
+        """Back to whole images."""
+        self.cursor = None
+
+    def at(self) -> tuple[int, int | None]:
+        """The cursor's row and column at this layer's scale."""
+        assert self.cursor is not None
+        col = self.cursor.col
+        return self.cursor.row >> self.scale, None if col is None else col >> self.scale
+
+
+def channel_mask(inputs: int, outputs: int, groups: int, strict: bool) -> Tensor:
+    """Which outputs may see which inputs of the same pixel, ``(outputs, inputs)``.
+
+    Both are divided into as many groups as there are steps within a pixel, in order (red, green,
+    blue). An output sees the inputs of its own group and of earlier ones, or only the earlier ones
+    if ``strict``: the masks B and A of PixelRNN (van den Oord et al. 2016).
+    """
+    into = torch.arange(outputs) * groups // outputs
+    out_of = torch.arange(inputs) * groups // inputs
+    return out_of[None, :] < into[:, None] if strict else out_of[None, :] <= into[:, None]
+
+
+class WindowConv(Stepwise):
+    """A convolution over a window of rows and columns relative to each pixel; zeros outside.
+
+    ``(batch, inputs, H, W) -> (batch, outputs, H, W)``, or half of each side with ``stride=2``.
+    Cost O(inputs * outputs * window) a pixel.
+
+    Args:
+        inputs, outputs: channels.
+        rows, cols: first and last row and column of the window, relative to the pixel: the pixel
+            itself is ``(0, 0)``, rows above are negative.
+        mask: which weights exist, ``(outputs, inputs, rows, cols)`` or None for all; only these
+            are stored.
+        stride: 1 or 2.
+        scale: see `Stepwise`; for ``stride=2`` that of the input.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rows: Range = (0, 0),
+        cols: Range = (0, 0),
+        mask: Tensor | None = None,
+        stride: int = 1,
+        scale: int = 0,
+    ) -> None:
+        super().__init__(scale)
+        self.inputs, self.outputs, self.stride = inputs, outputs, stride
+        self.kernel = (rows[1] - rows[0] + 1, cols[1] - cols[0] + 1)
+        # Left, right, top, bottom; a negative padding cuts rows off that no window reaches.
+        self.padding = (-cols[0], cols[1], -rows[0], rows[1])
+        shape = (outputs, inputs, *self.kernel)
+        used = math.prod(shape) if mask is None else int(mask.sum())
+        bound = (outputs / max(used, 1)) ** 0.5
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+        start = torch.empty(used).uniform_(-bound, bound)
+        if used == math.prod(shape):
+            self.weight_ = nn.Parameter(start.view(shape))
+            self.index: Tensor | None = None
+        else:
+            assert mask is not None
+            self.weight_ = nn.Parameter(start)
+            self.register_buffer("index", mask.flatten().nonzero()[:, 0], persistent=False)
+        self.shape = shape
+        self._buffer: Tensor | None = None
+        self._flat: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """The kernel, ``(outputs, inputs, rows, cols)``, zero where the mask is."""
+        if self.index is None:
+            return self.weight_
+        empty = self.weight_.new_zeros(math.prod(self.shape))
+        return empty.index_copy(0, self.index, self.weight_).view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """On a whole image, or at the cursor; then None where a stride passes over it."""
+        if self.cursor is None:
+            return F.conv2d(F.pad(x, self.padding), self.weight(), self.bias, self.stride)
+        return self._step(x)
+
+    def open(self, cursor: Cursor, rows: int, height: int, width: int) -> None:
+        super().open(cursor, rows, height, width)
+        left, right, top, _ = self.padding
+        height, width = height >> self.scale, width >> self.scale
+        weight = self.weight().detach()
+        tall = max(top, 0) + height
+        self._buffer = weight.new_zeros(rows, self.inputs, tall, left + width + max(right, 0))
+        self._flat = weight.flatten(1).T.contiguous()
+
+    def close(self) -> None:
+        super().close()
+        self._buffer = self._flat = None
+
+    def write(self, x: Tensor) -> None:
+        """Take in what lies at the cursor: one pixel or one row."""
+        assert self._buffer is not None
+        row, col = self.at()
+        left, _, top, _ = self.padding
+        start = left if col is None else left + col
+        self._buffer[:, :, row + top, start : start + x.shape[3]] = x[:, :, 0]
+
+    def _step(self, x: Tensor) -> Tensor:
+        assert self._buffer is not None
+        assert self._flat is not None
+        self.write(x)
+        row, col = self.at()
+        if self.stride > 1 and (row % self.stride or (col or 0) % self.stride):
+            return None  # type: ignore[return-value]
+        rows = self._buffer[:, :, row : row + self.kernel[0]]
+        if col is None:
+            return F.conv2d(rows, self.weight(), self.bias, self.stride)
+        window = rows[:, :, :, col : col + self.kernel[1]].flatten(1)
+        return torch.addmm(self.bias, window, self._flat)[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.inputs}, {self.outputs}, window={self.kernel}, stride={self.stride}"
+
+
+def pointwise(
+    inputs: int, outputs: int, groups: int = 1, scale: int = 0, copies: int = 1
+) -> WindowConv:
+    """A 1x1 convolution that keeps the order of the channels within a pixel.
+
+    ``copies`` repeats the order over the outputs, for layers that return several sets of features.
+    """
+    mask = channel_mask(inputs, outputs // copies, groups, strict=False).repeat(copies, 1)
+    return WindowConv(inputs, outputs, mask=mask[:, :, None, None], scale=scale)
+
+
+class UpConv(Stepwise):
+    """Twice the size: a 1x1 convolution to 4 sets of features, one for each pixel of a 2x2 block.
+
+    ``(batch, width, H, W) -> (batch, width, 2 H, 2 W)``; a transposed convolution of kernel and
+    stride 2.
+
+    Args:
+        width: channels.
+        scale: of the output, see `Stepwise`.
+    """
+
+    def __init__(self, width: int, scale: int = 0) -> None:
+        super().__init__(scale)
+        self.conv = nn.Conv2d(width, 4 * width, 1)
+        self._buffer: Tensor | None = None
+
+    def forward(self, low: Tensor | None) -> Tensor:
+        """``low`` is None where the cursor is at a pixel whose block was reached before."""
+        if self.cursor is None:
+            assert low is not None
+            return F.pixel_shuffle(self.conv(low), 2)
+        row, col = self.at()
+        if low is not None:
+            blocks = self.conv(low).unflatten(1, (-1, 2, 2))[..., 0, :]
+            self._keep(blocks, col)
+        assert self._buffer is not None
+        line = self._buffer[:, :, row % 2]  # (batch, width, 2, W)
+        if col is None:
+            return line.transpose(2, 3).flatten(2).unsqueeze(2)
+        return line[:, :, col % 2, col // 2, None, None]
+
+    def _keep(self, blocks: Tensor, col: int | None) -> None:
+        if col is None:
+            self._buffer = blocks
+        else:
+            assert self._buffer is not None
+            self._buffer[..., col // 2] = blocks[..., 0]
+
+    def open(self, cursor: Cursor, rows: int, height: int, width: int) -> None:
+        super().open(cursor, rows, height, width)
+        features = self.conv.in_channels
+        size = (rows, features, 2, 2, (width >> self.scale) // 2)
+        self._buffer = self.conv.weight.new_zeros(size)
+
+    def close(self) -> None:
+        super().close()
+        self._buffer = None

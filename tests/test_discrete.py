@@ -1,0 +1,129 @@
+"""Distributions of integers: they sum to one, their draws follow them, nothing underflows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nflib.core import ShapeError
+from nflib.discrete import Head, LogisticMixture, Softmax
+
+HEADS = {
+    "softmax": Softmax(5),
+    "softmax of 3 channels": Softmax(4, 3),
+    "mixture": LogisticMixture(5, 1, 3),
+    "mixture of 1": LogisticMixture(2, 1, 1),
+    "mixture of 2 channels": LogisticMixture(4, 2, 2),
+    "mixture of 3 channels": LogisticMixture(4, 3, 3),
+}
+every = pytest.mark.parametrize("name", HEADS)
+
+
+def all_values(head: Head) -> Tensor:
+    """Every value of a position, ``(levels ** channels, channels)``."""
+    one = torch.arange(head.levels)
+    return torch.cartesian_prod(*[one] * head.channels).view(-1, head.channels).double()
+
+
+def parameters(head: Head, rows: int, scale: float = 2.0) -> Tensor:
+    torch.manual_seed(0)
+    return scale * torch.randn(1, head.count, dtype=torch.float64).expand(rows, -1)
+
+
+@every
+def test_probabilities_sum_to_one(name: str) -> None:
+    head = HEADS[name]
+    x = all_values(head)
+    total = head.log_prob(x, parameters(head, len(x))).exp().sum()
+    torch.testing.assert_close(total, torch.ones((), dtype=torch.float64))
+
+
+@every
+def test_draws_follow_the_probabilities(name: str) -> None:
+    head, n = HEADS[name], 100_000
+    x = all_values(head)
+    p = head.log_prob(x, parameters(head, len(x))).exp()
+    torch.manual_seed(1)
+    u = torch.rand(n, head.uniforms, dtype=torch.float64)
+    drawn = head.sample(parameters(head, n), u)
+    place = torch.tensor([head.levels ** (head.channels - 1 - c) for c in range(head.channels)])
+    found = torch.bincount((drawn * place).sum(1).long(), minlength=len(x)) / n
+    assert (found - p).abs().max() < 4 * (0.25 / n) ** 0.5 + 1e-3
+
+
+@every
+def test_positions_are_mapped_one_by_one(name: str) -> None:
+    head = HEADS[name]
+    torch.manual_seed(0)
+    p = torch.randn(2, head.count, 3, 4, dtype=torch.float64)
+    u = torch.rand(2, head.uniforms, 3, 4, dtype=torch.float64)
+    x = head.sample(p, u)
+    assert x.shape == (2, head.channels, 3, 4)
+    whole = head.log_prob(x, p)
+    assert whole.shape == (2, 3, 4)
+    torch.testing.assert_close(whole[:, 1, 2], head.log_prob(x[:, :, 1, 2], p[:, :, 1, 2]))
+    assert torch.equal(x[:, :, 1, 2], head.sample(p[:, :, 1, 2], u[:, :, 1, 2]))
+
+
+def test_a_bin_is_the_difference_of_two_sigmoids() -> None:
+    """Against the textbook formula in float64, where nothing underflows."""
+    head = LogisticMixture(7, 1, 2)
+    x = torch.arange(7.0, dtype=torch.float64)[:, None]
+    p = parameters(head, 7, scale=0.5)
+    log_weights, means, log_scales, _ = head.unpack(p)
+    half, at = 1 / 6, 2 * x / 6 - 1
+    scale = log_scales[:, 0].exp()
+    upper = torch.where(x == 6, 1.0, torch.sigmoid((at + half - means[:, 0]) / scale))
+    lower = torch.where(x == 0, 0.0, torch.sigmoid((at - half - means[:, 0]) / scale))
+    expected = (log_weights.exp() * (upper - lower)).sum(1).log()
+    torch.testing.assert_close(head.log_prob(x, p), expected)
+
+
+def test_the_means_of_later_channels_follow_the_earlier() -> None:
+    head = LogisticMixture(256, 2, 1)
+    p = torch.zeros(2, head.count)
+    p[:, 3:5] = -6  # narrow
+    p[:, 5] = 3  # the link, tanh(3) = 0.995
+    x = torch.tensor([[200.0, 200.0], [200.0, 127.0]])
+    near, far = head.log_prob(x, p)
+    assert near > far + 10
+
+
+@pytest.mark.parametrize("log_scale", [-20.0, -7.0, 0.0, 7.0])
+def test_nothing_underflows_far_out(log_scale: float) -> None:
+    head = LogisticMixture(256, 1, 1)
+    x = torch.tensor([0.0, 1.0, 128.0, 254.0, 255.0])[:, None]
+    p = torch.tensor([[0.0, 3.0, log_scale]]).repeat(5, 1).requires_grad_()
+    log_prob = head.log_prob(x, p)
+    log_prob.sum().backward()
+    assert torch.isfinite(log_prob).all()
+    assert p.grad is not None
+    assert torch.isfinite(p.grad).all()
+    # The top level holds all of the mass above it; every other one still pulls the mean.
+    assert (p.grad[:-1, 1].abs() > 0).all()
+
+
+def test_half_precision_parameters_give_full_precision() -> None:
+    head = Softmax(4)
+    p = torch.randn(3, 4).bfloat16()
+    assert head.log_prob(torch.zeros(3, 1), p).dtype == torch.float32
+    assert LogisticMixture(4, 1, 2).log_prob(torch.zeros(3, 1), torch.randn(3, 6).half()).dtype == (
+        torch.float32
+    )
+
+
+@every
+def test_wrong_shapes_are_one_sentence(name: str) -> None:
+    head = HEADS[name]
+    with pytest.raises(ShapeError, match=rf"^{type(head).__name__} expects values .*, got .*\.$"):
+        head.log_prob(torch.zeros(2, head.channels), torch.zeros(2, head.count + 1))
+    with pytest.raises(ShapeError, match="expects values"):
+        head.log_prob(torch.zeros(2, head.channels, 3), torch.zeros(2, head.count, 4))
+
+
+def test_wrong_sizes_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="^Softmax expects at least 2 levels and 1 channel"):
+        Softmax(1)
+    with pytest.raises(ValueError, match="^LogisticMixture expects a component or more, got 0"):
+        LogisticMixture(4, 1, 0)
