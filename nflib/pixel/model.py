@@ -94,7 +94,7 @@ class PixelModel(nn.Module):
         self.check_input(x, context)
         return sum_event(self.head.log_prob(self._ordered(x), self.parameters_of(x, context)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(
         self,
         n: int,

@@ -110,6 +110,7 @@ class WindowConv(Stepwise):
             self.weight_ = nn.Parameter(start)
             self.register_buffer("index", mask.flatten().nonzero()[:, 0], persistent=False)
         self.shape = shape
+        self._alone = self.kernel == (1, 1) and self.padding == (0, 0, 0, 0)
         self._buffer: Tensor | None = None
         self._flat: Tensor | None = None
 
@@ -145,20 +146,27 @@ class WindowConv(Stepwise):
         row, col = self.at()
         left, _, top, _ = self.padding
         start = left if col is None else left + col
-        self._buffer[:, :, row + top, start : start + x.shape[3]] = x[:, :, 0]
+        self._buffer[:, :, row + top, start : start + x.shape[3]].copy_(x[:, :, 0])
 
     def _step(self, x: Tensor) -> Tensor:
-        assert self._buffer is not None
-        assert self._flat is not None
-        self.write(x)
         row, col = self.at()
+        if self._alone and col is not None:
+            return self._product(x)
+        self.write(x)
         if self.stride > 1 and (row % self.stride or (col or 0) % self.stride):
             return None  # type: ignore[return-value]
-        rows = self._buffer[:, :, row : row + self.kernel[0]]
+        assert self._buffer is not None
+        bottom = row + self.kernel[0]
         if col is None:
+            rows = self._buffer[:, :, row:bottom]
             return F.conv2d(rows, self.weight(), self.bias, self.stride)
-        window = rows[:, :, :, col : col + self.kernel[1]].flatten(1)
-        return torch.addmm(self.bias, window, self._flat)[:, :, None, None]
+        return self._product(self._buffer[:, :, row:bottom, col : col + self.kernel[1]])
+
+    def _product(self, window: Tensor) -> Tensor:
+        """One pixel, ``(batch, outputs, 1, 1)``."""
+        assert self._flat is not None
+        out = torch.addmm(self.bias, window.flatten(1), self._flat)
+        return out.view(*out.shape, 1, 1)
 
     def extra_repr(self) -> str:
         return f"{self.inputs}, {self.outputs}, window={self.kernel}, stride={self.stride}"
