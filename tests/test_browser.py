@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.server
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,16 @@ SHOWN = """slider => {
     return style.backgroundPosition + style.backgroundImage.length + style.transform;
   });
   return JSON.stringify([pictures, layers]);
+}"""
+
+
+# Plays a sound until its clock moves: the duration, how far it came, and what it is called.
+PLAY = """async sound => {
+  sound.muted = true;
+  await sound.play();
+  while (sound.currentTime === 0) await new Promise(done => setTimeout(done, 20));
+  sound.pause();
+  return {seconds: sound.duration, name: sound.getAttribute("aria-label")};
 }"""
 
 
@@ -180,6 +191,7 @@ def test_a_page_is_whole(path: str, tabs: dict[str, Watched]) -> None:
         assert tab.troubles == [], view
         assert page.evaluate(RAW_MATHS) == []
         assert page.locator("mjx-merror, .MathJax_Error").count() == 0
+        assert page.locator("article p", has_text=re.compile(r"^\s*\|.*\|")).count() == 0
         assert page.locator("img:not([alt]), img[alt='']").count() == 0
         if path == "404.html":
             continue
@@ -222,6 +234,20 @@ def test_some_chapters_have_sliders(tabs: dict[str, Watched]) -> None:
     for chapter in ("02_change_of_variables", "03_composing_flows"):
         page = tabs["desktop"].open(f"chapters/{chapter}.html")
         assert page.locator("article input[type=range]").count() >= 1
+
+
+@pytest.mark.parametrize("chapter", [path.stem for path in chapters()])
+def test_sounds_can_be_played(chapter: str, tabs: dict[str, Watched]) -> None:
+    tab = tabs["desktop"]
+    sounds = tab.open(f"chapters/{chapter}.html").locator("article audio")
+    assert sounds.count() > 0 or "wavenet" not in chapter
+    for i in range(sounds.count()):
+        sound = sounds.nth(i)
+        assert sound.is_visible()
+        played = sound.evaluate(PLAY)
+        assert 0.1 < played["seconds"] < 60
+        assert played["name"]
+    assert tab.troubles == []
 
 
 def test_solutions_are_folded_and_open_by_keyboard(tabs: dict[str, Watched]) -> None:
