@@ -27,6 +27,7 @@ from torch import nn
 
 from benchmarks import machine
 from nflib import data, models
+from nflib.elementwise import LogisticMixtureCDF
 from nflib.metrics import evaluate
 from nflib.pixel import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from nflib.train import fit
@@ -47,7 +48,19 @@ class Row:
 
 recurrent, gentle = partial(PixelRNN, SHAPE, LEVELS, dropout=0.1), {"lr": 5e-3}
 ROWS: dict[str, Row] = {
-    "MAF": Row(lambda: models.maf(64, grey_levels=LEVELS, dropout=0.2), vectors=True),
+    "MAF": Row(
+        partial(
+            models.maf,
+            64,
+            2,
+            (128, 128),
+            elementwise=LogisticMixtureCDF(4),
+            dropout=0.2,
+            grey_levels=LEVELS,
+        ),
+        {"lr": 2e-3, "batch_size": 128},
+        vectors=True,
+    ),
     "PixelRNN, Row LSTM": Row(partial(recurrent, "row", 24, 2), gentle),
     "PixelRNN, Diagonal BiLSTM": Row(partial(recurrent, "diagonal", 24, 1), gentle),
     "PixelCNN": Row(partial(PixelCNN, SHAPE, LEVELS, 48, 4, dropout=0.1)),
