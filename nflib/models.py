@@ -10,6 +10,7 @@ and ``log_prob`` is a lower bound in nats for them; without, it takes reals and 
     realnvp      affine                 permutations          uniform          yes (images)
     spline_flow  rational-quadratic     LU                    uniform          no
     naf          monotone network       LU                    uniform          no
+    maf, iaf     affine, autoregressive reversed order        uniform          no
     glow         affine                 1x1 convolutions      uniform          yes
     flowpp       mixture-logistic CDF   1x1 convolutions      variational      yes
 """
@@ -19,8 +20,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from nflib.autoregressive import MaskedAutoregressive
 from nflib.convolution import Invertible1x1Conv
-from nflib.core import Bijection, Compose, Flow, Shape, ShapeError, StandardLogistic, StandardNormal
+from nflib.core import (
+    Bijection,
+    Compose,
+    Flow,
+    Inverse,
+    Shape,
+    ShapeError,
+    StandardLogistic,
+    StandardNormal,
+)
 from nflib.coupling import Coupling, Mask, Network, alternating, channels, checkerboard, halves
 from nflib.dequantization import Logit, UniformDequantization, VariationalDequantization
 from nflib.elementwise import (
@@ -209,6 +220,84 @@ def _linear_couplings(
         mask = halves(dim, flip=k % 2 == 1)
         steps += [ActNorm(dim), LU(dim, bias=False), Coupling(mask, elementwise, net)]
     return steps
+
+
+def maf(
+    dim: int,
+    layers: int = 5,
+    hidden: Sequence[int] = (128, 128),
+    *,
+    elementwise: Elementwise | None = None,
+    order: str = "reversed",
+    residual: bool = False,
+    normalization: str = "actnorm",
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """Masked autoregressive flow: each layer moves every dimension, given the ones before it.
+
+    ``log_prob`` costs one pass through the networks; a sample takes D short steps in each layer,
+    see `MaskedAutoregressive`. Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057 (there:
+    batch norm).
+
+    Args:
+        dim: number of dimensions.
+        layers: number of autoregressive layers.
+        hidden: widths of the conditioners' hidden layers.
+        elementwise: another map in the place of the affine one, e.g. a spline.
+        order: ``"reversed"`` in every other layer, as in the paper, or ``"random"`` in each.
+        residual: conditioners with shortcuts, see `MADE`.
+        normalization: ``"actnorm"`` or ``"batchnorm"``, before each layer.
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    if order not in ("reversed", "random"):
+        raise ValueError(f"maf expects order 'reversed' or 'random', got {order!r}.")
+    orders = ["random"] * 2 if order == "random" else [None, range(dim - 1, -1, -1)]
+    make = partial(MaskedAutoregressive, dim, elementwise or Affine(), hidden, context_dim)
+    steps: list[Bijection] = dequantize(grey_levels)
+    for k in range(layers):
+        layer = make(order=orders[k % 2], residual=residual, dropout=dropout)
+        steps += [normalize(dim, normalization), layer]
+    return Flow(Compose(*steps), StandardNormal(dim))
+
+
+def iaf(
+    dim: int,
+    layers: int = 5,
+    hidden: Sequence[int] = (128, 128),
+    *,
+    elementwise: Elementwise | None = None,
+    order: str = "reversed",
+    residual: bool = False,
+    normalization: str = "actnorm",
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """Inverse autoregressive flow: `maf` with each layer read backwards.
+
+    A sample, with its log-density, costs one pass through the networks; ``log_prob`` of given data
+    takes D short steps in each layer. Kingma et al. 2016, https://arxiv.org/abs/1606.04934 (there
+    as the posterior of a variational autoencoder, whose samples are its own).
+
+    Args: those of `maf`.
+    """
+    flow = maf(
+        dim,
+        layers,
+        hidden,
+        elementwise=elementwise,
+        order=order,
+        residual=residual,
+        normalization=normalization,
+        context_dim=context_dim,
+        dropout=dropout,
+        grey_levels=grey_levels,
+    )
+    assert isinstance(flow.bijection, Compose)
+    steps = [Inverse(s) if isinstance(s, MaskedAutoregressive) else s for s in flow.bijection]
+    return Flow(Compose(*steps), flow.base)
 
 
 def glow(

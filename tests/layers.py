@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nflib.autoregressive import MaskedAutoregressive
 from nflib.convolution import CausalConv, EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection, Compose, Inverse
 from nflib.coupling import Coupling, alternating, channels, checkerboard, halves
@@ -64,6 +65,10 @@ mlp2, conv2, residual2, gated2 = (partial(n, context=2) for n in (mlp, conv, res
 # Masks of images: odd and even sizes, none of them square.
 board, board2 = checkerboard(1, 3, 5), checkerboard(2, 3, 2, flip=True)
 three, four = channels(3), channels(4, flip=True)
+
+
+# Autoregressive layers with two hidden layers of odd widths.
+maf = partial(MaskedAutoregressive, hidden=(9, 7))
 
 
 def two_scales(context: int | None = None) -> MultiScale:
@@ -123,6 +128,22 @@ LAYERS: dict[str, Case] = {
     "channels, residual, context": Case(lambda: Coupling(three, spline, residual2), (3, 2, 3), 2),
     "channels, gated": Case(lambda: Coupling(three, mixture, gated), (3, 2, 3)),
     "channels, gated, context": Case(lambda: Coupling(four, mixture, gated2), (4, 3, 2), 2),
+    "affine maf": Case(lambda: maf(5, affine), (5,)),
+    "affine maf, context": Case(lambda: maf(4, affine, context=2), (4,), 2),
+    "spline maf, random order": Case(lambda: maf(5, spline, order="random"), (5,)),
+    "mixture maf": Case(lambda: maf(3, mixture), (3,)),
+    "monotone maf, context": Case(lambda: maf(3, monotone, context=2), (3,), 2),
+    "residual maf": Case(
+        lambda: maf(5, spline, hidden=(8,), order=[4, 2, 0, 1, 3], residual=True), (5,)
+    ),
+    "residual maf, context": Case(
+        lambda: maf(4, affine, hidden=(8, 8), context=2, residual=True), (4,), 2
+    ),
+    "jacobi maf": Case(lambda: maf(5, affine, order="random", solver="jacobi"), (5,)),
+    "jacobi maf, context": Case(lambda: maf(4, spline, context=2, solver="jacobi"), (4,), 2),
+    "more dimensions than units": Case(lambda: maf(11, affine, hidden=(4, 3)), (11,)),
+    "iaf": Case(lambda: Inverse(maf(5, affine)), (5,)),
+    "iaf, context": Case(lambda: Inverse(maf(4, spline, context=2)), (4,), 2),
     "pointwise spline": Case(lambda: Pointwise(spline, 3), (3,)),
     "pointwise affine of an image": Case(lambda: Pointwise(affine, 2, 2, 3), (2, 2, 3)),
     "actnorm": Case(lambda: ActNorm(3), (3,)),
