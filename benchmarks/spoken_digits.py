@@ -276,7 +276,9 @@ def main() -> None:
         "8 kHz: exact; standard errors over recordings"
     )
     curve = [{k: r[k] for k in ("step", "train", "valid") if k in r} for r in history.records]
+    command = f"python -m benchmarks.spoken_digits --seconds {options.seconds:g} --threads "
     result = {"what": what, **machine.facts("benchmarks.spoken_digits"), **facts, "rows": rows}
+    result["command"] = f"{command}{options.threads}"
     result |= {"histograms": histograms(), "example": example()}
     machine.write(options.out, result | {"history": curve})
 

@@ -252,6 +252,32 @@ def test_cached_sampling_is_naive_sampling(
     model.check_data(cached)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_a_sampler_draws_from_what_the_whole_pass_predicts(
+    cached: bool, one_hot: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, c = wavenet(context=2, one_hot=one_hot), torch.randn(2, 2, dtype=torch.float64)
+    seen, draw = [], model.head.sample
+
+    def watched(parameters: Tensor, u: Tensor) -> Tensor:
+        seen.append(parameters.clone())
+        return draw(parameters, u)
+
+    monkeypatch.setattr(model.head, "sample", watched)
+    x = model.sample(2, 40, c, cached=cached)
+    torch.testing.assert_close(torch.stack(seen, 2), model.predict(x, c))
+
+
+def test_the_network_sees_levels_on_minus_one_to_one_or_one_hot() -> None:
+    x = torch.tensor([[0, 7]])
+    assert wavenet().encode(x).tolist() == [[[-1.0, 1.0]]]
+    hot = wavenet(one_hot=True).encode(x)
+    assert hot.shape == (1, 8, 2)
+    assert torch.equal(hot.argmax(1), x)
+    assert torch.equal(hot.sum(1), torch.ones(1, 2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("context", [None, 2])
 def test_kept_activations_give_what_the_whole_pass_gives(context: int | None) -> None:
     stack = CausalStack(2, 3, 4, 5, 3, 2, 3, context).double()

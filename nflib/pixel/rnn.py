@@ -81,8 +81,9 @@ class DiagonalBiLSTM(nn.Module):
     On the skewed image a column is a diagonal, and the state reaches a pixel from its left and
     upper neighbours: ``gates = W_is x + W_ss (h_left, h_above)``. The second LSTM works on the
     mirrored image and its result moves down by one row, so that it too sees only what is before.
-    Together they see every pixel before. ``(batch, inputs, H, W) -> (batch, width, H, W)``, H + W -
-    1 steps one after the other.
+    Together they see the features of every pixel before. (In a `PixelRNN`, whose features have seen
+    only what is before their own pixel, the last pixel of the row above can stay out of reach.)
+    ``(batch, inputs, H, W) -> (batch, width, H, W)``, H + W - 1 steps one after the other.
     """
 
     def __init__(self, inputs: int, width: int, groups: int) -> None:
