@@ -22,8 +22,8 @@ from nflib.metrics import evaluate
 from nflib.pixel import PixelCNN
 from nflib.train import fit
 
-MODEL: dict[str, Any] = {"shape": (1, 28, 28), "levels": 2, "width": 48, "blocks": 7}
-TRAINING: dict[str, Any] = {"batch_size": 16, "lr": 3e-3, "warmup": 100, "ema": 0.998, "seed": 0}
+MODEL: dict[str, Any] = {"shape": (1, 28, 28), "levels": 2, "width": 96, "blocks": 6}
+TRAINING: dict[str, Any] = {"batch_size": 16, "lr": 2e-3, "warmup": 100, "ema": 0.999, "seed": 0}
 
 
 def main() -> None:

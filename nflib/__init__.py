@@ -7,30 +7,11 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from types import ModuleType
 
 # Modules load when first used, so that `import nflib` costs next to nothing beyond torch.
-_MODULES = (
-    "checkpoints",
-    "checks",
-    "convolution",
-    "core",
-    "coupling",
-    "data",
-    "dequantization",
-    "elementwise",
-    "interact",
-    "linear",
-    "metrics",
-    "models",
-    "multiscale",
-    "nets",
-    "normalization",
-    "planar",
-    "plot",
-    "rootfinding",
-    "train",
-)
+_MODULES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 __version__ = "0.1.0"
 __all__ = list(_MODULES)

@@ -321,6 +321,7 @@ class MaskedAutoregressive(Bijection):
                 f"got {solver!r}."
             )
         self.elementwise, self.solver = elementwise, solver
+        self.exact_inverse = elementwise.exact_inverse
         self.made = MADE(dim, elementwise.count, hidden, context, order, residual, dropout)
         self.event_shape, self.context_shape = (dim,), self.made.context_shape
 

@@ -12,12 +12,14 @@ of one pair (x, z) add to zero, and those of a composition add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from nflib import reversible
 
 Shape = tuple[int, ...]
 EventShape = tuple[int | None, ...]
@@ -45,11 +47,14 @@ class Bijection(nn.Module):
             can be passed through any composition).
         likelihood: ``"exact"``, ``"lower bound"`` or ``"estimate"``: what a ``log_prob`` through
             this layer is.
+        exact_inverse: whether each direction undoes the other up to rounding: by a formula, and in
+            training as well. It is what ``Compose(..., memory="reversible")`` asks for.
     """
 
     event_shape: EventShape | None = None
     context_shape: EventShape | None = None
     likelihood: str = "exact"
+    exact_inverse: bool = True
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to noise: ``x -> (z, log|det dz/dx|)``, shapes ``(batch, *event)``, ``(batch,)``."""
@@ -75,6 +80,14 @@ class Bijection(nn.Module):
     def output_shape(self, shape: Shape) -> Shape:
         """The shape of ``forward``'s output for an event of this shape; most layers keep it."""
         return shape
+
+    def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> reversible.Replay:
+        """Rebuild the input of which ``forward`` (or ``inverse``) made y, and the graph on it.
+
+        For ``Compose(..., memory="reversible")``. A layer overrides it if both together cost less
+        than a pass back and a pass there.
+        """
+        return reversible.replay(self, y, context, inverse)
 
     def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
         """Raise `ShapeError` in one sentence if x or context cannot be this layer's input.
@@ -115,9 +128,19 @@ class Compose(Bijection):
 
     Each log-det is taken at the point where its layer is applied. ``inverse`` runs the layers in
     reverse order. Cost: the sum of the layers'. An empty composition is the identity.
+
+    Args:
+        bijections: f_1 to f_K.
+        memory: ``"plain"``, or ``"reversible"`` to keep no activations for the backward pass but
+            to rebuild them from the output, layer by layer, see `nflib.reversible`. Gradients are
+            the same up to rounding, the memory does not grow with K. Dequantization, if the
+            composition begins with it, runs as it always does.
+
+    Raises:
+        NotReversibleError: if the memory is to be reversible and a layer's inverse is not exact.
     """
 
-    def __init__(self, *bijections: Bijection) -> None:
+    def __init__(self, *bijections: Bijection, memory: str = "plain") -> None:
         super().__init__()
         for position, layer in enumerate(bijections):
             if not isinstance(layer, Bijection):
@@ -126,20 +149,43 @@ class Compose(Bijection):
                     f"at position {position}."
                 )
         self.bijections = nn.ModuleList(bijections)
+        self.set_memory(memory)
+
+    def set_memory(self, memory: str) -> None:
+        """Keep activations for the backward pass (``"plain"``) or rebuild them, see `Compose`."""
+        if memory not in ("plain", "reversible"):
+            raise ValueError(f"Compose expects memory 'plain' or 'reversible', got {memory!r}.")
+        if memory == "reversible":
+            reversible.check_reversible(self._parts()[1])
+            reversible.let_compiler_trace()
+        self.memory = memory
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = zeros_log_det(x)
-        for bijection in self:
-            x, term = bijection(x, context)
-            log_det = log_det + term
-        return x, log_det
+        if not self._rebuilds():
+            return in_turn(self, x, context)
+        noise, exact = self._parts()
+        x, log_det = in_turn(noise, x, context)
+        z, term = reversible.run(exact, x, context)
+        return z, log_det + term
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = zeros_log_det(z)
-        for bijection in reversed(list(self)):
-            z, term = bijection.inverse(z, context)
-            log_det = log_det + term
-        return z, log_det
+        if not self._rebuilds():
+            return in_turn(self, z, context, inverse=True)
+        noise, exact = self._parts()
+        x, log_det = reversible.run(exact, z, context, inverse=True)
+        x, term = in_turn(noise, x, context, inverse=True)
+        return x, log_det + term
+
+    def _rebuilds(self) -> bool:
+        return self.memory == "reversible" and torch.is_grad_enabled()
+
+    def _parts(self) -> tuple[list[Bijection], list[Bijection]]:
+        """Dequantization at the start, which draws noise, and all the other layers."""
+        layers = flatten(self)
+        count = 0
+        while count < len(layers) and layers[count].likelihood != "exact":
+            count += 1
+        return layers[:count], layers[count:]
 
     def check_data(self, x: Tensor) -> None:
         for first in list(self)[:1]:
@@ -168,6 +214,23 @@ class Compose(Bijection):
         return Compose(*layers[index]) if isinstance(index, slice) else layers[index]
 
 
+def in_turn(
+    layers: Iterable[Bijection], x: Tensor, context: Tensor | None, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Apply layers one after the other, or their inverses in reverse order."""
+    log_det = zeros_log_det(x)
+    for layer in reversed(list(layers)) if inverse else layers:
+        x, term = layer.inverse(x, context) if inverse else layer(x, context)
+        log_det = log_det + term
+    return x, log_det
+
+
+def flatten(layers: Iterable[Bijection]) -> list[Bijection]:
+    """The layers with nested compositions taken apart."""
+    parts = (flatten(layer) if isinstance(layer, Compose) else [layer] for layer in layers)
+    return [layer for part in parts for layer in part]
+
+
 class Inverse(Bijection):
     """A bijection read backwards: its ``forward`` is the other's ``inverse``."""
 
@@ -182,6 +245,9 @@ class Inverse(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection(z, context)
+
+    def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> reversible.Replay:
+        return self.bijection.replay(y, context, not inverse)
 
 
 class Base(nn.Module):

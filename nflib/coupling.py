@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nflib.core import Bijection, EventShape, ShapeError, log_det_dtype, sum_event
 from nflib.elementwise import Elementwise
+from nflib.reversible import Replay
 
 # Builds a conditioner for so many inputs and outputs: a class of nflib.nets, or a partial of one.
 Network = Callable[[int, int], nn.Module]
@@ -207,6 +208,7 @@ class Coupling(Bijection):
         self.conditioner = network(mask.inputs, elementwise.count * mask.outputs)
         self.event_shape = mask.event_shape
         self.context_shape = getattr(self.conditioner, "context_shape", None)
+        self.exact_inverse = elementwise.exact_inverse
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(x, context)
@@ -219,6 +221,22 @@ class Coupling(Bijection):
         kept, moved = self.mask.split(z)
         moved, terms = self.elementwise.inverse(moved, self._theta(kept, context))
         return self.mask.merge(z, moved), sum_event(terms.to(log_det_dtype(z.dtype)))
+
+    def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+        """The conditioner runs once for both ways: what it sees is the same before and after."""
+        both = (self.elementwise.forward, self.elementwise.inverse)
+        there, back = both[::-1] if inverse else both
+        fixed = y.detach().requires_grad_()
+        kept, moved = self.mask.split(fixed)
+        theta = self._theta(kept, context)
+        with torch.no_grad():
+            before = back(moved, theta)[0]
+        before.requires_grad_()
+        moved, terms = there(before, theta)
+        outputs = self.mask.merge(fixed, moved), sum_event(terms.to(log_det_dtype(y.dtype)))
+        x = self.mask.merge(y, before.detach())
+        # The entries that are kept have their gradient in one leaf, those that move in the other.
+        return Replay(x, outputs, (fixed, before), self.mask.merge)
 
     def _theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, *moved)``; the conditioner's bfloat16, if any, ends here."""

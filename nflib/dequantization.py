@@ -27,6 +27,7 @@ class Dequantization(Bijection):
     """What the layers of this file share: k levels, integers in, numbers in [0, 1] out."""
 
     likelihood = "lower bound"
+    exact_inverse = False
     anchor: Tensor
 
     def __init__(self, levels: int) -> None:

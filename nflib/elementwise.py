@@ -42,9 +42,14 @@ class Elementwise:
     A subclass sets ``count``, how many parameters each entry needs, and writes ``forward`` and
     ``inverse``. All parameters zero, which is how a network whose last layer starts at zero begins,
     give the identity; the mixture and the monotone network give a smooth curve flatter than it.
+
+    Attributes:
+        count: numbers that each entry needs.
+        exact_inverse: whether each direction undoes the other up to rounding, by a formula.
     """
 
     count: int
+    exact_inverse = True
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """``x -> (z, log|dz/dx|)``, each ``(batch, *event)``."""
@@ -212,6 +217,8 @@ class LogisticMixtureCDF(Elementwise):
         bound: of |a| and of |s_k|.
     """
 
+    exact_inverse = False
+
     def __init__(self, components: int = 8, bound: float = 3.0) -> None:
         if components < 1 or not bound > 0:
             raise ValueError(
@@ -265,6 +272,8 @@ class MonotoneNet(Elementwise):
     Raises:
         NotInvertedError: if the search for an inverse misses its tolerance.
     """
+
+    exact_inverse = False
 
     def __init__(self, units: int = 8, layers: int = 2, bound: float = 3.0) -> None:
         if units < 1 or layers < 1 or not bound > 0:
@@ -372,6 +381,7 @@ class Pointwise(Bijection):
         self.event_shape = shape
         # A row, not a vector: what initialises or shakes weights then sees their fan-in.
         self.theta = nn.Parameter(torch.zeros(1, elementwise.count, *shape))
+        self.exact_inverse = elementwise.exact_inverse
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(self.elementwise.forward, x, context)

@@ -102,6 +102,9 @@ class BatchNorm(PerDimension):
         eps: added to the variance.
     """
 
+    # In training a second forward would move the running averages once more.
+    exact_inverse = False
+
     running_mean: Tensor
     running_variance: Tensor
     weight_of_batches: Tensor

@@ -72,6 +72,8 @@ class Planar(ConditionedParameters):
         context_dim: size of the context that shifts u, w and b, if any.
     """
 
+    exact_inverse = False
+
     def __init__(self, dim: int, context_dim: int | None = None) -> None:
         w = torch.randn(dim) / max(dim, 1) ** 0.5
         # m(w^T u) = 0 at w^T u = log(e - 1), and u along w leaves nothing else of u'.
@@ -173,6 +175,8 @@ class Sylvester(ConditionedParameters):
         rank: number M <= D of directions, by default D.
         context_dim: size of the context that shifts Q, R, R' and b, if any.
     """
+
+    exact_inverse = False
 
     def __init__(self, dim: int, rank: int | None = None, context_dim: int | None = None) -> None:
         m = dim if rank is None else rank
