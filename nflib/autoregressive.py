@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.core import Bijection, ShapeError, log_det_dtype, sum_event
+from nflib.cache import while_unchanged
+from nflib.core import Bijection, ShapeError, sum_log_det
 from nflib.elementwise import Elementwise
 from nflib.linear import place
 from nflib.nets import Context, equal_widths, vector_context
@@ -58,6 +59,7 @@ class MaskedLinear(nn.Module):
         self.bias = nn.Parameter(start[:, -1].clone())
         self.register_buffer("position", mask.flatten().nonzero()[:, 0], persistent=False)
 
+    @while_unchanged
     def weight(self) -> Tensor:
         """The matrix W, ``(outputs, inputs)``."""
         return place(self.taps[0], self.position, (self.outputs, self.inputs))
@@ -329,13 +331,13 @@ class MaskedAutoregressive(Bijection):
         self.check_input(x, context)
         ranked = self.made.to_rank(x)
         z, terms = self.elementwise.forward(ranked, self._theta(ranked, context))
-        return self.made.from_rank(z), sum_event(terms.to(log_det_dtype(x.dtype)))
+        return self.made.from_rank(z), sum_log_det(terms)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(z, context)
         solve = self._incremental if self.solver == "incremental" else self._jacobi
         x, terms = solve(self.made.to_rank(z), context)
-        return self.made.from_rank(x), sum_event(terms.to(log_det_dtype(z.dtype)))
+        return self.made.from_rank(x), sum_log_det(terms)
 
     def _theta(self, x: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, dim)``, by rank; the network's bfloat16, if any, ends here."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflib.cache import while_unchanged
 from nflib.core import (
     Bijection,
     Compose,
@@ -60,10 +61,19 @@ class Invertible1x1Conv(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(z, context)
-        pixels = z.movedim(1, -1)
-        rows, log_det = self.linear.inverse(pixels.flatten(0, 2))
-        x = rows.view(pixels.shape).movedim(-1, 1)
-        return x, expand_log_det(-self.linear.log_abs_det() * (z.shape[2] * z.shape[3]), z)
+        bias = self.linear.bias
+        with full_precision(z):
+            shifted = z if bias is None else z - bias[:, None, None]
+            x = F.conv2d(shifted, self.inverse_weight()[:, :, None, None])
+            log_det = -self.linear.log_abs_det() * (z.shape[2] * z.shape[3])
+        return x, expand_log_det(log_det, z)
+
+    @while_unchanged
+    def inverse_weight(self) -> Tensor:
+        """``W^-1``, ``(channels, channels)``: few channels, many pixels."""
+        size = self.linear.dim
+        parameter = next(self.parameters())
+        return self.linear.solve(torch.eye(size, device=parameter.device, dtype=parameter.dtype)).T
 
 
 class PeriodicConv(Bijection):

@@ -11,6 +11,7 @@ of one pair (x, z) add to zero, and those of a composition add up.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -94,7 +95,7 @@ class Bijection(nn.Module):
 
         Reads shapes and dtypes only, never values: nothing waits for the device.
         """
-        name = type(self).__name__
+        name = self.__class__.__name__
         if self.event_shape is not None and not fits(x.shape[1:], self.event_shape):
             raise ShapeError(
                 f"{name} expects shape {describe(('batch', *self.event_shape))}, "
@@ -104,12 +105,12 @@ class Bijection(nn.Module):
             raise ShapeError(f"{name} expects a batch of events, got a single number.")
         if not x.is_floating_point():
             raise ShapeError(f"{name} expects floating-point numbers, got {x.dtype}.")
-        parameter = next(self.parameters(), None)
-        if parameter is not None and parameter.dtype != x.dtype:
-            raise ShapeError(
-                f"{name} expects its parameters' dtype {parameter.dtype}, got {x.dtype}; "
-                "convert the input with .to(dtype), or the model."
-            )
+        for parameter in self._first_parameter():
+            if parameter.dtype != x.dtype:
+                raise ShapeError(
+                    f"{name} expects its parameters' dtype {parameter.dtype}, got {x.dtype}; "
+                    "convert the input with .to(dtype), or the model."
+                )
         if self.context_shape is not None:
             if context is None:
                 raise ShapeError(
@@ -121,6 +122,19 @@ class Bijection(nn.Module):
                     f"{name} expects a context of shape "
                     f"{describe((x.shape[0], *self.context_shape))}, got {tuple(context.shape)}."
                 )
+
+    def _first_parameter(self) -> tuple[nn.Parameter, ...]:
+        """The parameter that stands for all in `check_input`, looked up once; often it is none."""
+        found: tuple[nn.Parameter, ...] | None = self.__dict__.get("_first")
+        if found is None:
+            found = tuple(itertools.islice(self.parameters(), 1))
+            if not torch.compiler.is_compiling():
+                self.__dict__["_first"] = found
+        return found
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Bijection:
+        self.__dict__.pop("_first", None)  # a move to another dtype or device may replace it
+        return super()._apply(*args, **kwargs)
 
 
 class Compose(Bijection):
@@ -402,7 +416,13 @@ class Flow(nn.Module):
 
 def sum_event(x: Tensor) -> Tensor:
     """Sum over everything but the batch: ``(batch, *event) -> (batch,)``."""
-    return x.flatten(1).sum(1) if x.ndim > 1 else x
+    return x.sum(tuple(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def sum_log_det(terms: Tensor) -> Tensor:
+    """Log-derivatives of an elementwise map, summed over the event in at least float32."""
+    narrow = terms.dtype in (torch.bfloat16, torch.float16)
+    return sum_event(terms.float() if narrow else terms)
 
 
 def zeros_log_det(x: Tensor) -> Tensor:
@@ -436,8 +456,9 @@ def expand_context(context: Tensor | None, n: int) -> Tensor | None:
 
 def fits(shape: torch.Size, expected: EventShape) -> bool:
     """Whether a shape agrees with one in which ``None`` means any size."""
-    return len(shape) == len(expected) and all(
-        want is None or have == want for have, want in zip(shape, expected, strict=True)
+    return shape == expected or (
+        len(shape) == len(expected)
+        and all(want in (None, have) for have, want in zip(shape, expected, strict=True))
     )
 
 

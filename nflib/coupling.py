@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nflib.core import Bijection, EventShape, ShapeError, log_det_dtype, sum_event
+from nflib.core import Bijection, EventShape, ShapeError, sum_log_det
 from nflib.elementwise import Elementwise
 from nflib.reversible import Replay
 
@@ -45,14 +45,14 @@ class Mask(nn.Module):
         """The conditioner's ``(batch, count, outputs, ...)`` at the entries that are moved."""
         return parameters
 
-    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
-        """x with the entries that are moved replaced."""
-        raise TypeError(f"{type(self).__name__} does not define merge(x, moved).")
+    def merge(self, kept: Tensor, moved: Tensor) -> Tensor:
+        """The event of these two parts: undoes `split`."""
+        raise TypeError(f"{type(self).__name__} does not define merge(kept, moved).")
 
     def kept(self, *shape: int) -> Tensor:
         """A picture of the mask: a boolean tensor of the event's shape, True where x is kept."""
-        nothing = torch.zeros(1, *shape)
-        return self.merge(nothing, self.split(nothing)[1] + 1)[0] == 0
+        kept, moved = self.split(torch.zeros(1, *shape))
+        return self.merge(kept, moved + 1)[0] == 0
 
 
 class DimensionMask(Mask):
@@ -88,17 +88,15 @@ class DimensionMask(Mask):
             raise ShapeError(
                 f"DimensionMask expects shape (batch, {self.dim}, ...), got {tuple(x.shape)}."
             )
-        if self.contiguous and self.first:
-            kept, moved = x.split([self.inputs, self.outputs], 1)
-            return kept, moved
-        if self.contiguous:
-            moved, kept = x.split([self.outputs, self.inputs], 1)
-            return kept, moved
-        kept, moved = x.index_select(1, self.order).split([self.inputs, self.outputs], 1)
+        if not self.contiguous:
+            x = x.index_select(1, self.order)
+        if self.contiguous and not self.first:
+            moved, kept = x.split_with_sizes([self.outputs, self.inputs], 1)
+        else:
+            kept, moved = x.split_with_sizes([self.inputs, self.outputs], 1)
         return kept, moved
 
-    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
-        kept, _ = self.split(x)
+    def merge(self, kept: Tensor, moved: Tensor) -> Tensor:
         if self.contiguous:
             return torch.cat([kept, moved] if self.first else [moved, kept], 1)
         return torch.cat([kept, moved], 1).index_select(1, self.inverse_order)
@@ -144,8 +142,8 @@ class CheckerboardMask(Mask):
     def select(self, parameters: Tensor) -> Tensor:
         return parameters.flatten(3).index_select(3, self.index)
 
-    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
-        return x.flatten(2).index_copy(2, self.index, moved).view(x.shape)
+    def merge(self, kept: Tensor, moved: Tensor) -> Tensor:
+        return kept.flatten(2).index_copy(2, self.index, moved).view(kept.shape)
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(str, self.event_shape or ()))}, flip={self.flip}"
@@ -214,13 +212,13 @@ class Coupling(Bijection):
         self.check_input(x, context)
         kept, moved = self.mask.split(x)
         moved, terms = self.elementwise.forward(moved, self._theta(kept, context))
-        return self.mask.merge(x, moved), sum_event(terms.to(log_det_dtype(x.dtype)))
+        return self.mask.merge(kept, moved), sum_log_det(terms)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(z, context)
         kept, moved = self.mask.split(z)
         moved, terms = self.elementwise.inverse(moved, self._theta(kept, context))
-        return self.mask.merge(z, moved), sum_event(terms.to(log_det_dtype(z.dtype)))
+        return self.mask.merge(kept, moved), sum_log_det(terms)
 
     def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
         """The conditioner runs once for both ways: what it sees is the same before and after."""
@@ -233,21 +231,24 @@ class Coupling(Bijection):
             before = back(moved, theta)[0]
         before.requires_grad_()
         moved, terms = there(before, theta)
-        outputs = self.mask.merge(fixed, moved), sum_event(terms.to(log_det_dtype(y.dtype)))
-        x = self.mask.merge(y, before.detach())
-        # The entries that are kept have their gradient in one leaf, those that move in the other.
-        return Replay(x, outputs, (fixed, before), self.mask.merge)
+        outputs = self.mask.merge(kept, moved), sum_log_det(terms)
+        x = self.mask.merge(kept.detach(), before.detach())
+
+        def join(at_fixed: Tensor, at_before: Tensor) -> Tensor:
+            """Kept entries have their gradient in one leaf, those that move in the other."""
+            return self.mask.merge(self.mask.split(at_fixed)[0], at_before)
+
+        return Replay(x, outputs, (fixed, before), join)
 
     def _theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, *moved)``; the conditioner's bfloat16, if any, ends here."""
         net, count = self.conditioner, self.elementwise.count
         seen = kept if math.isinf(self.limit) else kept.clamp(-self.limit, self.limit)
         raw = net(seen) if self.context_shape is None else net(seen, context)
-        expected = (kept.shape[0], count * self.mask.outputs, *kept.shape[2:])
-        if tuple(raw.shape) != expected:
+        n, outputs, *rest = kept.shape[0], self.mask.outputs, *kept.shape[2:]
+        if raw.shape != (n, count * outputs, *rest):
             raise ShapeError(
-                f"Coupling expects its conditioner to return shape {expected}, "
-                f"got {tuple(raw.shape)}."
+                "Coupling expects its conditioner to return shape "
+                f"{(n, count * outputs, *rest)}, got {tuple(raw.shape)}."
             )
-        raw = raw.to(kept.dtype).unflatten(1, (count, self.mask.outputs))
-        return self.mask.select(raw)
+        return self.mask.select(raw.to(kept.dtype).reshape(n, count, outputs, *rest))

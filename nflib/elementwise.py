@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.core import Bijection, ShapeError, log_det_dtype, sum_event
+from nflib.core import Bijection, ShapeError, sum_log_det
 from nflib.rootfinding import solve_increasing
 
 ElementwiseMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -99,11 +99,13 @@ class Affine(Elementwise):
 
     def _scale_shift(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         a, t = parameters.unbind(1)
-        return self.bound * torch.tanh(a / self.bound), t
+        # b tanh(a / b) = b - 2 b sigmoid(-2 a / b): torch's sigmoid takes a third of its tanh.
+        b = self.bound
+        return torch.rsub(torch.sigmoid(a * (-2 / b)), b, alpha=2 * b), t
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         s, t = self._scale_shift(parameters)
-        return x * s.exp() + t, s
+        return torch.addcmul(t, x, s.exp()), s
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         s, t = self._scale_shift(parameters)
@@ -394,4 +396,4 @@ class Pointwise(Bijection):
     ) -> tuple[Tensor, Tensor]:
         self.check_input(x, context)
         z, terms = function(x, self.theta.expand(len(x), *self.theta.shape[1:]))
-        return z, sum_event(terms.to(log_det_dtype(x.dtype)))
+        return z, sum_log_det(terms)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflib.cache import while_unchanged
 from nflib.core import (
     Bijection,
     ShapeError,
@@ -181,6 +182,7 @@ class Triangular(Linear):
         self.rest = nn.Parameter(start[rows, columns])
         self.register_buffer("position", rows * dim + columns, persistent=False)
 
+    @while_unchanged
     def weight(self) -> Tensor:
         rest = place(self.rest, self.position, (self.dim, self.dim))
         return rest + torch.diag(self.log_scale.exp())
@@ -273,6 +275,7 @@ class LU(Linear):
         diagonal = torch.diag(self.sign * self.packed.diagonal().exp())
         return self.packed.tril(-1), self.packed.triu(1) + diagonal
 
+    @while_unchanged
     def weight(self) -> Tensor:
         lower, upper = self.factors()
         return (lower @ upper + upper)[self.order]

@@ -53,7 +53,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):
             linear = nn.Linear(before, after)
-            layers += [with_weight_norm(linear) if weight_norm else linear, activation()]
+            layers += [with_weight_norm(linear) if weight_norm else linear, in_place(activation)]
             layers += [nn.Dropout(dropout)] if dropout else []
         self.layers = nn.Sequential(*layers, zero_init(nn.Linear(sizes[-1], outputs)))
 
@@ -165,9 +165,9 @@ class ConvNet(nn.Module):
         self.first = _ImageInput("ConvNet", inputs, hidden, context)
         self.context_shape = self.first.context_shape
         self.rest = nn.Sequential(
-            nn.ReLU(),
+            in_place(nn.ReLU),
             nn.Conv2d(hidden, hidden, 1),
-            nn.ReLU(),
+            in_place(nn.ReLU),
             nn.Dropout(dropout),
             zero_init(nn.Conv2d(hidden, outputs, 3, padding=1)),
         )
@@ -328,6 +328,11 @@ def _context(net: _First, context: Tensor | None) -> Tensor:
     if context is None:
         raise ShapeError(f"{net.name} expects a context of shape {describe(shape)}, got none.")
     return context
+
+
+def in_place(activation: type[nn.Module]) -> nn.Module:
+    """An activation right behind a linear layer, which needs its own output no more."""
+    return nn.ReLU(inplace=True) if activation is nn.ReLU else activation()
 
 
 def elu2(h: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ def test_masks_part_an_event_and_put_it_together(name: str) -> None:
     seen = kept[kept != 0] if isinstance(mask, CheckerboardMask) else kept
     assert torch.equal(torch.cat([seen.flatten(), moved.flatten()]).sort()[0], x.flatten())
     assert torch.equal(moved.flatten().sort()[0], x[:, ~keep].flatten().sort()[0])
-    assert torch.equal(mask.merge(x, moved), x)
-    assert torch.equal(mask.merge(x, -moved), torch.where(keep, x, -x))
+    assert torch.equal(mask.merge(kept, moved), x)
+    assert torch.equal(mask.merge(kept, -moved), torch.where(keep, x, -x))
     # A conditioner's outputs at the moved entries, if it predicts x itself.
     if isinstance(mask, CheckerboardMask):
         assert torch.equal(mask.select(x[:, None])[:, 0], moved)
