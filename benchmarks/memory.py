@@ -10,6 +10,7 @@ rebuilt are from those that were not. Writes results/memory.json.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -71,13 +72,13 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def settle(make: Callable[[int], nn.Module], depth: int, x: Tensor) -> nn.Module:
-    """A model that was initialised on a batch and has left the identity it starts at."""
+    """A model that was initialised on a batch and has left the identity in a few steps."""
     torch.manual_seed(0)
     model = make(depth)
     model.initialize(x)  # type: ignore[operator]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(10):
+        step(model, optimizer, x)
     return model
 
 
@@ -85,7 +86,8 @@ def measure(make: Callable[[int], nn.Module], shape: tuple[int, ...], repeats: i
     rows: dict[str, Any] = {}
     for depth in DEPTHS:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        plain, rebuilt = settle(make, depth, x), reversible.turn_on(settle(make, depth, x))
+        plain = settle(make, depth, x)
+        rebuilt = reversible.turn_on(copy.deepcopy(plain))
         row: dict[str, Any] = {}
         gradients, steps = {}, {}
         for name, model in (("plain", plain), ("reversible", rebuilt)):

@@ -26,19 +26,19 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def while_unchanged(method: Callable[[M], Tensor]) -> Callable[[M], Tensor]:
-    """Keep what a module's method makes of its parameters, in calls without gradients.
+    """Keep what a module's method makes of its parameters, in evaluation and without gradients.
 
-    In evaluation and sampling a matrix is then assembled once and not in every call. Each parameter
-    counts its changes in place (``Tensor._version``): after a change, a load, a move to another
-    dtype or device, or any optimizer's step the method runs again. With gradients, in a compiled
-    graph and under ``torch.func`` it always runs. Only what is written through ``.data``, which
-    hides a change from torch as well, goes unnoticed.
+    A matrix is then assembled once and not in each call of ``log_prob`` or ``sample``. Parameters
+    count their changes in place (``Tensor._version``): after a change, a load, a move to another
+    dtype or device, or any optimizer's step the method runs again. In training, with gradients, in
+    a compiled graph and under ``torch.func`` it always runs. Only what is written through
+    ``.data``, which hides a change from torch as well, goes unnoticed.
     """
     slot = f"_kept_{method.__name__}"
 
     @functools.wraps(method)
     def run(module: M) -> Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform():
+        if module.training or torch.is_grad_enabled() or is_traced():
             return method(module)
         state = [(p, steps, p._version, p.dtype, p.device) for p in module.parameters()]
         kept: tuple[Any, Tensor] | None = module.__dict__.get(slot)
@@ -50,8 +50,10 @@ def while_unchanged(method: Callable[[M], Tensor]) -> Callable[[M], Tensor]:
     return run
 
 
-def in_transform() -> bool:
-    """Whether a transformation of `torch.func`, such as ``vmap``, is at work."""
+def is_traced() -> bool:
+    """Whether a compiler, or a transformation of `torch.func` such as ``vmap``, is at work."""
+    if torch.compiler.is_compiling():
+        return True
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

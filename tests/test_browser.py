@@ -85,6 +85,16 @@ PLAY = """async sound => {
 }"""
 
 
+# What a page itself brings, without the style and scripts that all pages share, and when a reader
+# first sees text, in milliseconds.
+COST = """() => {
+  const own = performance.getEntriesByType("resource").filter(e => !e.name.includes("/_static/"));
+  const bytes = own.concat(performance.getEntriesByType("navigation"))
+    .reduce((sum, e) => sum + e.encodedBodySize, 0);
+  return [bytes, performance.getEntriesByName("first-contentful-paint")[0].startTime];
+}"""
+
+
 class Server(http.server.SimpleHTTPRequestHandler):
     """The site as GitHub Pages serves it: 404.html for what is not there."""
 
@@ -234,6 +244,22 @@ def test_some_chapters_have_sliders(tabs: dict[str, Watched]) -> None:
     for chapter in ("02_change_of_variables", "03_composing_flows"):
         page = tabs["desktop"].open(f"chapters/{chapter}.html")
         assert page.locator("article input[type=range]").count() >= 1
+
+
+@pytest.mark.parametrize("name", [path.stem for path in chapters()])
+def test_a_chapter_is_light_and_soon_readable(name: str, browser: Browser, base: str) -> None:
+    painted = []
+    for _ in range(3):  # a moment's other work on the machine is not the page's
+        context = browser.new_context(**VIEWS["desktop"])
+        page = context.new_page()
+        page.goto(f"{base}chapters/{name}.html", wait_until="load")
+        size, milliseconds = page.evaluate(COST)
+        context.close()
+        assert size < 1_500_000
+        painted.append(milliseconds)
+        if milliseconds < 1000:
+            break
+    assert min(painted) < 1000
 
 
 @pytest.mark.parametrize("chapter", [path.stem for path in chapters()])

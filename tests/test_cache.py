@@ -30,7 +30,7 @@ class Twice(nn.Module):
 
 @torch.no_grad()
 def test_it_is_made_once_and_again_after_every_change() -> None:
-    layer = Twice()
+    layer = Twice().eval()
     assert layer.weight() is layer.weight()
     assert layer.calls == 1
     layer.matrix.mul_(3)
@@ -46,7 +46,7 @@ def test_it_is_made_once_and_again_after_every_change() -> None:
 
 def test_an_optimizers_step_is_a_change() -> None:
     for fused in (False, True):
-        layer = Twice()
+        layer = Twice().eval()
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
         with torch.no_grad():
             before = layer.weight().clone()
@@ -58,7 +58,7 @@ def test_an_optimizers_step_is_a_change() -> None:
 
 
 def test_with_gradients_it_is_always_made() -> None:
-    layer = Twice()
+    layer = Twice().eval()
     with torch.no_grad():
         layer.weight()
     layer.weight().sum().backward()
@@ -66,8 +66,16 @@ def test_with_gradients_it_is_always_made() -> None:
 
 
 @torch.no_grad()
-def test_a_copy_has_a_matrix_of_its_own() -> None:
+def test_while_training_nothing_is_kept() -> None:
     layer = Twice()
+    layer.weight()
+    layer.weight()
+    assert layer.calls == 2
+
+
+@torch.no_grad()
+def test_a_copy_has_a_matrix_of_its_own() -> None:
+    layer = Twice().eval()
     layer.weight()
     other = copy.deepcopy(layer)
     layer.matrix.zero_()
@@ -79,7 +87,7 @@ def test_a_copy_has_a_matrix_of_its_own() -> None:
 
 @torch.no_grad()
 def test_functional_calls_see_their_own_parameters() -> None:
-    layer = LU(3)
+    layer = LU(3).eval()
     kept = layer.weight()
     swapped = {"packed": layer.packed + 1, "bias": layer.bias}
     x = torch.randn(2, 3)
@@ -96,7 +104,7 @@ def test_functional_calls_see_their_own_parameters() -> None:
     "make", [lambda: LU(4), lambda: Triangular(4), lambda: Invertible1x1Conv(4)]
 )
 def test_layers_are_right_after_a_step_between_two_evaluations(make: type[LU], tmp_path) -> None:
-    layer = make()
+    layer = make().eval()
     x = torch.randn(3, 4) if not isinstance(layer, Invertible1x1Conv) else torch.randn(3, 4, 2, 2)
     for _ in range(3):
         with torch.no_grad():
@@ -108,7 +116,7 @@ def test_layers_are_right_after_a_step_between_two_evaluations(make: type[LU], t
         (layer(x)[0].square().mean()).backward()
         optimizer.step()
     checkpoints.save(layer, tmp_path / "layer.safetensors")
-    other = make()
+    other = make().eval()
     with torch.no_grad():
         other(x)
         checkpoints.load(other, tmp_path / "layer.safetensors")

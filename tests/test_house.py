@@ -335,3 +335,11 @@ def as_rst(text: str) -> str:
 )
 def test_docstrings_are_shown_as_they_read(plain: str, rst: str) -> None:
     assert as_rst(plain) == rst
+
+
+def test_the_page_on_speed_is_made_from_the_results() -> None:
+    assert (ROOT / "speed.md").read_text() == tool("speed_page").page(), (
+        "speed.md is stale: run `python tools/speed_page.py`"
+    )
+    for name in ("speed.png", "memory.png"):
+        assert (ROOT / "_static" / name).stat().st_size < 500_000
