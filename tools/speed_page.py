@@ -111,6 +111,10 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def share(value: float) -> str:
+    return f"{100 * value:.1f} %" if value > 0 else "none that can be measured"
+
+
 def times(rows: dict[str, Any]) -> str:
     """Medians of one configuration, libraries across, the fastest bold."""
     present = [name for name in LIBRARIES if "ms" in rows.get(name, {})]
@@ -217,18 +221,24 @@ def page() -> str:
         "flat.\n\nMemory of a training step against depth.\n```\n"
     )
     parts.append(memory_rows(memory["rows"]))
+    parts.append(
+        "Each rebuilt activation carries the rounding of the inverses behind it. Couplings hardly "
+        "add any; a long chain of matrices that are far from rotations does, as the spline "
+        "couplings with an LU layer before each show. Look at this number before you train very "
+        "deep, or keep activations every so many layers by composing several reversible parts.\n"
+    )
     parts.append(HOW)
     parts.append("## What training costs beside the model\n")
     parts.append(
         "Data that fit in memory need no worker processes: `fit` takes batches by index, on the "
-        "device. An epoch of MNIST by `fit` against its bare steps (loss, backward pass, clipping, "
-        f"optimizer); {loop['hardware']}, {loop['threads']} thread.\n\n    {loop['command']}\n"
+        "device. Seconds for an epoch by `fit` against its bare steps (loss, backward pass, "
+        f"clipping, optimizer); {loop['hardware']}, {loop['threads']} thread.\n\n    {loop['command']}\n"
     )
     parts.append(
         table(
             ["model", "bare steps, s", "fit, s", "outside of the steps"],
             [
-                [name, f"{r['bare']:.2f}", f"{r['fit']:.2f}", f"{100 * r['outside']:.1f} %"]
+                [name, f"{r['bare']:.2f}", f"{r['fit']:.2f}", share(r["outside"])]
                 for name, r in loop["rows"].items()
             ],
         )
