@@ -232,7 +232,8 @@ def page() -> str:
     parts.append(
         "Data that fit in memory need no worker processes: `fit` takes batches by index, on the "
         "device. Seconds for an epoch by `fit` against its bare steps (loss, backward pass, "
-        f"clipping, optimizer); {loop['hardware']}, {loop['threads']} thread.\n\n    {loop['command']}\n"
+        f"clipping, optimizer); {loop['hardware']}, {loop['threads']} thread.\n\n"
+        f"    {loop['command']}\n"
     )
     parts.append(
         table(
