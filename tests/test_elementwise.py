@@ -319,3 +319,11 @@ def test_pointwise_gives_each_entry_its_own_parameters() -> None:
 def test_bad_arguments_are_one_sentence(make: Callable[[], Elementwise]) -> None:
     with pytest.raises(ValueError, match=r"^\w+ expects .*, got .*\.$"):
         make()
+
+
+@pytest.mark.parametrize("bound", [0.5, 3.0, 1e4])
+def test_the_affine_scale_is_a_bounded_tanh(bound: float) -> None:
+    a, t = torch.randn(200), torch.zeros(200)
+    _, s = Affine(bound).forward(torch.zeros(200), torch.stack([a, t]).unsqueeze(0))
+    exact = bound * torch.tanh(a.double() / bound)
+    torch.testing.assert_close(s[0].double(), exact, rtol=1e-6, atol=1e-6)
