@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-M = TypeVar("M", bound=nn.Module)
-
 
 # How many optimizer steps there were in this process: fused ones change parameters uncounted.
 steps = 0
@@ -25,7 +22,7 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def while_unchanged(method: Callable[[M], Tensor]) -> Callable[[M], Tensor]:
+def while_unchanged(method: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """Keep what a module's method makes of its parameters, in evaluation and without gradients.
 
     A matrix is then assembled once and not in each call of ``log_prob`` or ``sample``. Parameters
@@ -37,7 +34,7 @@ def while_unchanged(method: Callable[[M], Tensor]) -> Callable[[M], Tensor]:
     slot = f"_kept_{method.__name__}"
 
     @functools.wraps(method)
-    def run(module: M) -> Tensor:
+    def run(module: nn.Module) -> Tensor:
         if module.training or torch.is_grad_enabled() or is_traced():
             return method(module)
         state = [(p, steps, p._version, p.dtype, p.device) for p in module.parameters()]
