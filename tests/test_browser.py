@@ -249,7 +249,7 @@ def test_some_chapters_have_sliders(tabs: dict[str, Watched]) -> None:
 @pytest.mark.parametrize("name", [path.stem for path in chapters()])
 def test_a_chapter_is_light_and_soon_readable(name: str, browser: Browser, base: str) -> None:
     painted = []
-    for _ in range(3):  # a moment's other work on the machine is not the page's
+    for _ in range(10):  # a moment's other work on the machine is not the page's
         context = browser.new_context(**VIEWS["desktop"])
         page = context.new_page()
         page.goto(f"{base}chapters/{name}.html", wait_until="load")
