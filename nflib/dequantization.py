@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflib.core import Bijection, ShapeError, StandardNormal, log_det_dtype, sum_event
+from nflib.core import Bijection, ShapeError, StandardNormal, log_det_dtype, sum_event, sum_log_det
 from nflib.data import check
 
 
@@ -179,7 +179,7 @@ class Logit(Bijection):
     def _log_det(self, z: Tensor) -> Tensor:
         """dp/dz = p (1 - p), and log p = logsigmoid(z): far out as exact as near zero."""
         terms = math.log(1 - 2 * self.alpha) - F.logsigmoid(z) - F.logsigmoid(-z)
-        return sum_event(terms.to(log_det_dtype(z.dtype)))
+        return sum_log_det(terms)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"

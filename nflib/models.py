@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from nflib.autoregressive import MaskedAutoregressive
 from nflib.convolution import Invertible1x1Conv
@@ -262,19 +263,7 @@ def maf(
     return Flow(Compose(*steps), StandardNormal(dim))
 
 
-def iaf(
-    dim: int,
-    layers: int = 5,
-    hidden: Sequence[int] = (128, 128),
-    *,
-    elementwise: Elementwise | None = None,
-    order: str = "reversed",
-    residual: bool = False,
-    normalization: str = "actnorm",
-    context_dim: int | None = None,
-    dropout: float = 0.0,
-    grey_levels: int | None = None,
-) -> Flow:
+def iaf(dim: int, layers: int = 5, hidden: Sequence[int] = (128, 128), **options: Any) -> Flow:
     """Inverse autoregressive flow: `maf` with each layer read backwards.
 
     A sample, with its log-density, costs one pass through the networks; ``log_prob`` of given data
@@ -283,18 +272,7 @@ def iaf(
 
     Args: those of `maf`.
     """
-    flow = maf(
-        dim,
-        layers,
-        hidden,
-        elementwise=elementwise,
-        order=order,
-        residual=residual,
-        normalization=normalization,
-        context_dim=context_dim,
-        dropout=dropout,
-        grey_levels=grey_levels,
-    )
+    flow = maf(dim, layers, hidden, **options)
     assert isinstance(flow.bijection, Compose)
     steps = [Inverse(s) if isinstance(s, MaskedAutoregressive) else s for s in flow.bijection]
     return Flow(Compose(*steps), flow.base)

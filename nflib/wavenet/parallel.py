@@ -22,8 +22,7 @@ from nflib.core import (
     Compose,
     Flow,
     StandardLogistic,
-    log_det_dtype,
-    sum_event,
+    sum_log_det,
 )
 from nflib.discrete import LogisticMixture
 from nflib.elementwise import Affine
@@ -80,13 +79,13 @@ class CausalAffine(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(z, context)
         x, s = self.affine.forward(z, self.parameters_of(z, context))
-        return x, sum_event(s.to(log_det_dtype(z.dtype)))
+        return x, sum_log_det(s)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_input(x, context)
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
         z, terms = self._repeat(x, context) if whole else self._step(x, context)
-        return z, sum_event(terms.to(log_det_dtype(x.dtype)))
+        return z, sum_log_det(terms)
 
     def parameters_of(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the affine map of every position takes, ``(batch, 2, length)``."""
