@@ -13,11 +13,12 @@ and ``log_prob`` is a lower bound in nats for them; without, it takes reals and 
     maf, iaf     affine, autoregressive reversed order        uniform          no
     glow         affine                 1x1 convolutions      uniform          yes
     flowpp       mixture-logistic CDF   1x1 convolutions      variational      yes
+    mixerflow    affine, in matrices    LU, along both sides  uniform          no
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,8 @@ from nflib.elementwise import (
     MonotoneNet,
     RationalQuadraticSpline,
 )
-from nflib.linear import LU, Diagonal, Permutation
+from nflib.linear import LU, Dense, Diagonal, Householder, Permutation
+from nflib.mixer import AlongChannels, AlongPatches, Bands, Patches, Shift
 from nflib.multiscale import MultiScale, Squeeze
 from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet
 from nflib.normalization import ActNorm, BatchNorm
@@ -397,6 +399,127 @@ def flowpp(
         pixels[0] = VariationalDequantization(grey_levels, Compose(*noise, ActNorm(c)))
     whole = Compose(*pixels, *steps)
     return Flow(whole, StandardNormal(*whole.output_shape(sizes(shape, 3))))
+
+
+# Builds the k-th mixing flow, a bijection of vectors of so many numbers.
+MixingFlow = Callable[[int, int], Bijection]
+
+
+def mixerflow(
+    shape: int | Shape,
+    patch: int | tuple[int, int] = 2,
+    layers: int = 8,
+    hidden: Sequence[int] = (64, 64),
+    *,
+    mixing: str = "channels+patches",
+    extraction: str = "shifted",
+    shift: int | None = None,
+    normalization: str = "actnorm",
+    linear: str = "lu",
+    flow: str | MixingFlow = "coupling",
+    elementwise: Elementwise | None = None,
+    network: Network | None = None,
+    context_dim: int | None = None,
+    dropout: float = 0.0,
+    grey_levels: int | None = None,
+) -> Flow:
+    """MixerFlow: the image as a matrix of patches x channels, mixed along one side and the other.
+
+    Each layer normalizes, maps linearly and couples the channels of every patch with one flow, then
+    the patches of every channel with another; between layers the grid of patches moves. With C
+    channels, P patches and couplings of hidden widths h_1 .. h_m the parameters of a layer are
+    n(C) + n(P), where ``n(d) = 2 d + d^2 + MLP(d / 2 -> h_1 -> .. -> h_m -> d)``: the image's size
+    enters by P alone. English et al. 2023, https://arxiv.org/abs/2310.16777.
+
+    Their earlier layer (channel flow, batch norm, patch flow, batch norm) is ``mixerflow(...,
+    normalization="batchnorm", linear="none")``: between any two flows stands one batch norm.
+
+    Args:
+        shape: channels, height and width, or the size of a vector, which is cut into pieces.
+        patch: side of a patch, or its height and width; of bands the number of rows.
+        layers: number of layers.
+        hidden: widths of the conditioners' hidden layers.
+        mixing: ``"channels+patches"``, or one side alone: ``"channels"`` or ``"patches"``.
+        extraction: ``"patches"``, ``"bands"``, or ``"shifted"``: patches whose grid moves.
+        shift: how many pixels it moves each way after a layer, by default half a patch.
+        normalization: ``"actnorm"`` or ``"batchnorm"``, before each flow and at the end.
+        linear: ``"lu"``, ``"dense"``, ``"householder"``, ``"permutation"`` or ``"none"``, before
+            each flow.
+        flow: ``"coupling"``, ``"maf"``, or a function that builds the k-th flow of so many numbers.
+        elementwise: another map in the place of the affine one, e.g. a spline.
+        network: another conditioner in the place of the `MLP`.
+        context_dim, dropout, grey_levels: see `realnvp`.
+    """
+    shape = sizes(shape)
+    if extraction not in ("patches", "bands", "shifted"):
+        raise ValueError(
+            f"mixerflow expects extraction 'patches', 'bands' or 'shifted', got {extraction!r}."
+        )
+    # Of bands the patch is a number of rows, which Bands itself checks.
+    cut = Bands(shape, patch) if extraction == "bands" else Patches(shape, patch)  # type: ignore[arg-type]
+    sides: dict[str, tuple[type[AlongChannels], int]] = {
+        "channels": (AlongChannels, cut.channels),
+        "patches": (AlongPatches, cut.patches),
+    }
+    mixed = mixing.split("+")
+    if not set(mixed) <= sides.keys():
+        raise ValueError(
+            f"mixerflow expects mixing 'channels+patches', 'channels' or 'patches', got {mixing!r}."
+        )
+    for side in mixed:
+        if sides[side][1] < 2:
+            raise ShapeError(
+                f"mixerflow expects at least two {side} to mix, got one: {cut.patches} patches of "
+                f"{cut.channels} channels."
+            )
+    net = network or partial(MLP, hidden=hidden, context=context_dim, dropout=dropout)
+    tau = elementwise or Affine()
+
+    def coupling(dim: int, k: int) -> Bijection:
+        return Coupling(halves(dim, flip=k % 2 == 1), tau, net)
+
+    def autoregressive(dim: int, k: int) -> Bijection:
+        order = range(dim - 1, -1, -1) if k % 2 else None
+        return MaskedAutoregressive(dim, tau, hidden, context_dim, order=order, dropout=dropout)
+
+    flows: dict[str, MixingFlow] = {"coupling": coupling, "maf": autoregressive}
+    if isinstance(flow, str) and flow not in flows:
+        raise ValueError(f"mixerflow expects flow 'coupling', 'maf' or a function, got {flow!r}.")
+    make = flows[flow] if isinstance(flow, str) else flow
+    steps: list[Bijection] = [*dequantize(grey_levels), cut]
+    for k in range(layers):
+        for side in mixed:
+            along, dim = sides[side]
+            norm = normalize(dim, normalization)
+            steps.append(along(Compose(norm, *linear_map(dim, linear), make(dim, k))))
+        if extraction == "shifted" and k < layers - 1:
+            steps += [Inverse(cut), _shift(cut, shift), cut]
+    along, dim = sides[mixed[0]]
+    steps += [along(normalize(dim, normalization)), Inverse(cut)]
+    return Flow(Compose(*steps), StandardNormal(*shape))
+
+
+def _shift(cut: Patches, step: int | None) -> Shift:
+    """By so many pixels each way, by default half a patch."""
+    _, h, w = cut.block
+    down, right = (max(1, h // 2), max(1, w // 2)) if step is None else (step, step)
+    return Shift(right) if len(cut.event_shape or ()) == 1 else Shift(down, right)
+
+
+def linear_map(dim: int, kind: str) -> list[Bijection]:
+    """The linear layer of that name, without a bias, or none."""
+    kinds: dict[str, Callable[[], Bijection]] = {
+        "lu": lambda: LU(dim, bias=False),
+        "dense": lambda: Dense(dim, bias=False),
+        "householder": lambda: Householder(dim, bias=False),
+        "permutation": lambda: Permutation(dim),
+    }
+    if kind == "none":
+        return []
+    if kind not in kinds:
+        names = ", ".join(map(repr, kinds))
+        raise ValueError(f"linear expects {names} or 'none', got {kind!r}.")
+    return [kinds[kind]()]
 
 
 def dequantize(grey_levels: int | None) -> list[Bijection]:
