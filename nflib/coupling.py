@@ -222,23 +222,14 @@ class Coupling(Bijection):
 
     def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
         """The conditioner runs once for both ways: what it sees is the same before and after."""
-        both = (self.elementwise.forward, self.elementwise.inverse)
-        there, back = both[::-1] if inverse else both
-        fixed = y.detach().requires_grad_()
-        kept, moved = self.mask.split(fixed)
+        kept, moved = self.mask.split(y.detach())
+        kept = kept.detach().requires_grad_()
         theta = self._theta(kept, context)
-        with torch.no_grad():
-            before = back(moved, theta)[0]
-        before.requires_grad_()
-        moved, terms = there(before, theta)
+        before, (moved, terms) = self.elementwise.replay(moved, theta, inverse)
         outputs = self.mask.merge(kept, moved), sum_log_det(terms)
         x = self.mask.merge(kept.detach(), before.detach())
-
-        def join(at_fixed: Tensor, at_before: Tensor) -> Tensor:
-            """Kept entries have their gradient in one leaf, those that move in the other."""
-            return self.mask.merge(self.mask.split(at_fixed)[0], at_before)
-
-        return Replay(x, outputs, (fixed, before), join)
+        # Of an image on a checkerboard what is kept has all pixels: merging drops the others.
+        return Replay(x, outputs, (kept, before), self.mask.merge)
 
     def _theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, *moved)``; the conditioner's bfloat16, if any, ends here."""

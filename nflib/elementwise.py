@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflib import reversible
 from nflib.core import Bijection, ShapeError, sum_log_det
 from nflib.rootfinding import solve_increasing
 
@@ -58,6 +59,15 @@ class Elementwise:
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """``z -> (x, log|dx/dz|)``, each ``(batch, *event)``."""
         raise TypeError(f"{type(self).__name__} does not define inverse(z, parameters).")
+
+    def replay(
+        self, y: Tensor, parameters: Tensor, inverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The entries of which ``forward`` (or ``inverse``) made y, and its outputs once more.
+
+        For `nflib.reversible`. A map overrides it if what it makes of its parameters serves both.
+        """
+        return reversible.undo(self.forward, self.inverse, inverse, y, parameters)
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k != "count")
@@ -107,12 +117,23 @@ class Affine(Elementwise):
         return torch.rsub(torch.sigmoid(a * (-2 / b)), b, alpha=2 * b), t
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = self._scale_shift(parameters)
-        return torch.addcmul(t, x, s.exp()), s
+        return _stretch(x, *self._scale_shift(parameters))
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = self._scale_shift(parameters)
-        return (z - t) * (-s).exp(), -s
+        return _shrink(z, *self._scale_shift(parameters))
+
+    def replay(
+        self, y: Tensor, parameters: Tensor, inverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return reversible.undo(_stretch, _shrink, inverse, y, *self._scale_shift(parameters))
+
+
+def _stretch(x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(t, x, s.exp()), s
+
+
+def _shrink(z: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return (z - t) * (-s).exp(), -s
 
 
 class RationalQuadraticSpline(Elementwise):
@@ -147,43 +168,66 @@ class RationalQuadraticSpline(Elementwise):
 
     def knots(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Positions x_k, heights y_k and slopes of the knots, each ``(batch, K + 1, *event)``."""
-        widths, heights, slopes = parameters.split([self.bins, self.bins, self.bins - 1], 1)
-        # softplus(log(e^(1 - m) - 1)) + m = 1: zero is slope one.
-        shift = math.log(math.expm1(1 - self.minimum))
-        inner = self.minimum + F.softplus(slopes + shift)
-        ones = torch.ones_like(slopes[:, :1])
-        return self._ends(widths), self._ends(heights), torch.cat([ones, inner, ones], 1)
-
-    def _ends(self, logits: Tensor) -> Tensor:
-        shares = self.minimum + (1 - self.bins * self.minimum) * torch.softmax(logits, 1)
-        inner = self.limit * (2 * shares[:, :-1].cumsum(1) - 1)
-        edge = torch.full_like(logits[:, :1], self.limit)
-        return torch.cat([-edge, inner, edge], 1)
-
-    def _bin(self, at: Tensor, ends: Tensor, *knots: Tensor) -> list[Tensor]:
-        """The values of the knots on both sides of each entry, left ones first."""
-        index = (at.unsqueeze(1) >= ends[:, 1:-1]).sum(1, keepdim=True)
-        return [
-            knot.gather(1, index + side).squeeze(1) for side in (0, 1) for knot in (ends, *knots)
-        ]
+        x, y, logits = self._knots(parameters).unbind(1)
+        return x, y, self._slopes(logits)
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        ends, heights, slopes = self.knots(parameters)
-        clamped = x.clamp(-self.limit, self.limit)
-        x0, y0, d0, x1, y1, d1 = self._bin(clamped, ends, heights, slopes)
+        return self._rise(x, *self._bin(x, parameters, 0))
+
+    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return self._fall(z, *self._bin(z, parameters, 1))
+
+    def replay(
+        self, y: Tensor, parameters: Tensor, inverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        corners = self._bin(y, parameters, 0 if inverse else 1)
+        return reversible.undo(self._rise, self._fall, inverse, y, *corners)
+
+    def _knots(self, parameters: Tensor) -> Tensor:
+        """`knots` as one tensor ``(batch, 3, K + 1, *event)``, with logits in place of slopes."""
+        widths, heights, logits = parameters.split([self.bins, self.bins, self.bins - 1], 1)
+        zero = torch.zeros_like(logits[:, :1])
+        low, high = zero - self.limit, zero + self.limit
+        parts = [low, self._inner(widths), high, low, self._inner(heights), high]
+        return torch.cat([*parts, zero, logits, zero], 1).unflatten(1, (3, self.bins + 1))
+
+    def _inner(self, logits: Tensor) -> Tensor:
+        """The knots in between: -B + 2 B times the sum of shares m + (1 - K m) softmax so far."""
+        count = torch.arange(1, self.bins, device=logits.device, dtype=logits.dtype)
+        least = self.limit * (2 * self.minimum * count - 1).view(-1, *[1] * (logits.ndim - 2))
+        rest = 2 * self.limit * (1 - self.bins * self.minimum)
+        return torch.add(least, torch.softmax(logits, 1)[:, :-1].cumsum(1), alpha=rest)
+
+    def _slopes(self, logits: Tensor) -> Tensor:
+        # softplus(log(e^(1 - m) - 1)) + m = 1: zero is slope one.
+        return self.minimum + F.softplus(logits + math.log(math.expm1(1 - self.minimum)))
+
+    def _bin(self, at: Tensor, parameters: Tensor, row: int) -> tuple[Tensor, ...]:
+        """(x_k, x_{k+1}, y_k, y_{k+1}, delta_k, delta_{k+1}) about each entry, x or y by the row.
+
+        All in one look-up, and slopes are made of the logits of these two knots only.
+        """
+        knots = self._knots(parameters)
+        index = (at.unsqueeze(1) >= knots[:, row, 1:-1]).sum(1, keepdim=True)
+        sides = torch.cat([index, index + 1], 1).unsqueeze(1)
+        x, y, logits = knots.gather(2, sides.expand(-1, 3, *sides.shape[2:])).unbind(1)
+        return *x.unbind(1), *y.unbind(1), *self._slopes(logits).unbind(1)
+
+    def _rise(
+        self, x: Tensor, x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor, d0: Tensor, d1: Tensor
+    ) -> tuple[Tensor, Tensor]:
         width, height = x1 - x0, y1 - y0
-        xi = (clamped - x0) / width
+        xi = (x.clamp(-self.limit, self.limit) - x0) / width
         s, both = height / width, xi * (1 - xi)
         denominator = s + (d1 + d0 - 2 * s) * both
         z = y0 + height * (s * xi.square() + d0 * both) / denominator
         return self._tails(x, z, _log_slope(s, d0, d1, xi, both, denominator))
 
-    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        ends, heights, slopes = self.knots(parameters)
-        clamped = z.clamp(-self.limit, self.limit)
-        y0, x0, d0, y1, x1, d1 = self._bin(clamped, heights, ends, slopes)
+    def _fall(
+        self, z: Tensor, x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor, d0: Tensor, d1: Tensor
+    ) -> tuple[Tensor, Tensor]:
         width, height = x1 - x0, y1 - y0
-        s, rise = height / width, clamped - y0
+        s, rise = height / width, z.clamp(-self.limit, self.limit) - y0
         e = d1 + d0 - 2 * s
         a = height * (s - d0) + rise * e
         b = height * d0 - rise * e
@@ -202,7 +246,7 @@ class RationalQuadraticSpline(Elementwise):
 
 def _log_slope(s: Tensor, d0: Tensor, d1: Tensor, xi: Tensor, both: Tensor, d: Tensor) -> Tensor:
     numerator = d1 * xi.square() + 2 * s * both + d0 * (1 - xi).square()
-    return 2 * s.log() + numerator.log() - 2 * d.log()
+    return numerator.log() + 2 * (s / d).log()
 
 
 class LogisticMixtureCDF(Elementwise):

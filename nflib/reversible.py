@@ -46,12 +46,26 @@ class Replay(NamedTuple):
 
 def replay(layer: Bijection, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
     """What any layer can do: one pass back without a graph, then one pass with it."""
-    both = (layer.forward, layer.inverse)
-    there, back = both[::-1] if inverse else both
+    x, outputs = undo(layer.forward, layer.inverse, inverse, y, context)
+    return Replay(x, outputs, (x,), lambda gradient: gradient)
+
+
+def undo(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor]],
+    inverse: bool,
+    y: Tensor,
+    *given: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The x with ``forward(x, *given)[0] = y``, a leaf, and ``forward(x, *given)`` with a graph.
+
+    Read backwards, with ``inverse``, it is the x of which ``backward`` makes y.
+    """
+    there, back = (backward, forward) if inverse else (forward, backward)
     with torch.no_grad():
-        x = back(y, context)[0].detach()
+        x = back(y, *given)[0].detach()
     x.requires_grad_()
-    return Replay(x, there(x, context), (x,), lambda gradient: gradient)
+    return x, there(x, *given)
 
 
 def obstacle(layer: nn.Module) -> str | None:

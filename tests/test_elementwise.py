@@ -123,6 +123,32 @@ def test_round_trip_and_log_slope_equal_autograd(name: str, scale: float) -> Non
 
 
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_replay_finds_the_entries_and_maps_them_once_more(name: str, inverse: bool) -> None:
+    tau = MAPS[name]
+    theta = draw(tau, 200, dtype=torch.float64).requires_grad_()
+    given = (3 * torch.randn(200, 1, dtype=torch.float64)).requires_grad_()
+    there = tau.inverse if inverse else tau.forward
+    expected = there(given, theta)
+    x, outputs = tau.replay(expected[0].detach(), theta, inverse)
+    torch.testing.assert_close(x, given, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
+    wanted, found = (
+        torch.autograd.grad((out.sin() + log_slope.sin()).sum(), (at, theta))
+        for at, (out, log_slope) in ((given, expected), (x, outputs))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_replay_of_a_spline_looks_up_its_knots_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tau, calls = RationalQuadraticSpline(5), []
+    knots = tau._knots
+    monkeypatch.setattr(tau, "_knots", lambda theta: calls.append(1) or knots(theta))
+    tau.replay(torch.randn(9, 1), draw(tau, 9), inverse=False)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("name", MAPS)
 def test_parameters_of_zero_give_nearly_the_identity(name: str) -> None:
     x = torch.linspace(-3, 3, 61)[:, None]
     z, log_slope = MAPS[name].forward(x, torch.zeros(61, MAPS[name].count, 1))

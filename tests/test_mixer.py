@@ -11,7 +11,7 @@ from nflib import reversible
 from nflib.checks import check_bijection, check_normalized, jacobian, randomize_parameters
 from nflib.core import Compose, Flow
 from nflib.coupling import Coupling, halves
-from nflib.elementwise import Affine, LogisticMixtureCDF, RationalQuadraticSpline
+from nflib.elementwise import LogisticMixtureCDF, RationalQuadraticSpline
 from nflib.linear import LU
 from nflib.mixer import AlongChannels, AlongPatches, Bands, Patches, Shift
 from nflib.models import mixerflow
