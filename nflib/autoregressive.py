@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.cache import while_unchanged
+from nflib.cache import is_traced, while_unchanged
 from nflib.core import Bijection, ShapeError, sum_log_det
 from nflib.elementwise import Elementwise
 from nflib.linear import place
@@ -203,6 +203,7 @@ class MADE(nn.Module):
             context: ``(batch, context)``.
         """
         layers = [*self.layers, self.last]
+        depth = len(layers)
         weights, biases = [layer.weight() for layer in layers], [layer.bias for layer in layers]
         # The outputs of one rank side by side.
         weights[-1] = weights[-1].unflatten(0, (self.count, self.dim)).transpose(0, 1).flatten(0, 1)
@@ -211,7 +212,10 @@ class MADE(nn.Module):
         if self.context is not None and context is not None:
             biases[0] = biases[0] + self.context(context).T
 
-        known = [like[:0] for _ in layers]  # what each layer sees from earlier blocks
+        known = [[like[:0]] for _ in layers]  # what each layer sees, from earlier blocks first
+        # In place if no gradient needs the sums that were; autocast and vmap do not know how.
+        plain = not torch.is_autocast_enabled(like.device.type) and not is_traced()
+        add = Tensor.addmm_ if plain and not torch.is_grad_enabled() else Tensor.addmm
         rows, columns = [0] * len(layers), [0] * len(layers)
         for first in range(0, self.dim, BLOCK):
             block = slice(first, first + BLOCK)
@@ -222,27 +226,25 @@ class MADE(nn.Module):
                 old, own = weights[k][new, : columns[k] + sum(before)].split(
                     [columns[k], sum(before)], 1
                 )
-                sums.append(torch.addmm(biases[k][new], old, known[k]))
+                sums.append(torch.addmm(biases[k][new], old, torch.cat(known[k])))
                 weight.append(own.split(before, 1))
                 rows[k], columns[k] = new.stop, columns[k] + sum(before)
-            fresh: list[list[Tensor]] = [[] for _ in layers]
             done = [0] * len(layers)
             for i in range(len(sizes[0])):
                 stream = like
-                for k in range(len(layers)):
+                for k in range(depth):
                     size = sizes[k + 1][i]
                     if size == 0:
                         continue
-                    at, done[k] = done[k], done[k] + size
-                    y = sums[k][at : done[k]]
-                    if k < len(self.layers):
+                    y = sums[k].narrow(0, done[k], size)
+                    done[k] += size
+                    if k < depth - 1:
                         y, stream = self._activate(k, y, stream)
                     else:
                         y = choose(first + i, y)
-                    to = (k + 1) % len(layers)  # the outputs lead to the next input
-                    sums[to] = torch.addmm(sums[to], weight[to][i], y)
-                    fresh[to].append(y)
-            known = [torch.cat([old, *new]) for old, new in zip(known, fresh, strict=True)]
+                    to = (k + 1) % depth  # the outputs lead to the next input
+                    sums[to] = add(sums[to], weight[to][i], y)
+                    known[to].append(y)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         if x.ndim != 2 or x.shape[1] != self.dim:
@@ -348,7 +350,7 @@ class MaskedAutoregressive(Bijection):
         found: list[tuple[Tensor, Tensor]] = []
 
         def choose(rank: int, theta: Tensor) -> Tensor:
-            found.append(self.elementwise.inverse(columns[rank], theta.to(z.dtype)[None]))
+            found.append(self.elementwise.inverse(columns[rank], theta.to(z.dtype).unsqueeze(0)))
             return found[-1][0]
 
         self.made.in_order(choose, z.T, context)

@@ -133,7 +133,8 @@ def _stretch(x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink(z: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    return (z - t) * (-s).exp(), -s
+    shrink = -s
+    return (z - t) * shrink.exp(), shrink
 
 
 class RationalQuadraticSpline(Elementwise):

@@ -257,6 +257,26 @@ def test_gradients_of_the_inverse_are_the_naive_loops(tau: str, solver: str) -> 
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
 
 
+@every_map
+@every_network
+def test_without_gradients_the_inverse_is_the_same(tau: str, network: str) -> None:
+    """Sums are then added up in place, but not under autocast or where a context is mapped over."""
+    layer = shaken(MaskedAutoregressive(9, MAPS[tau], context=2, **NETWORKS[network]), 0.5)
+    z, c = torch.randn(7, 9).double(), torch.randn(7, 2).double()
+    expected = layer.inverse(z, c)
+    with torch.no_grad():
+        assert torch.equal(layer.inverse(z, c)[0], expected[0])
+        assert torch.equal(layer.inverse(z, c)[1], expected[1])
+        if layer.exact_inverse:  # a search looks at values, which vmap refuses
+            one = z[:1]
+            mapped = torch.vmap(lambda row: layer.inverse(one, row[None])[0])(c)
+            torch.testing.assert_close(mapped[:, 0], layer.inverse(one.expand(7, 9), c)[0])
+        single = layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = single.inverse(z.float(), c.float())[0]
+        torch.testing.assert_close(narrow.double(), expected[0], atol=0.2, rtol=0.2)
+
+
 def test_every_unit_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted at the activations: rows of all calls together are the units of the network."""
     layer = shaken(MaskedAutoregressive(33, Affine(), (40, 50), order="random"))
