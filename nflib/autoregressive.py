@@ -236,8 +236,8 @@ class MADE(nn.Module):
                     size = sizes[k + 1][i]
                     if size == 0:
                         continue
-                    y = sums[k].narrow(0, done[k], size)
-                    done[k] += size
+                    at, done[k] = done[k], done[k] + size
+                    y = sums[k][at : done[k]]
                     if k < depth - 1:
                         y, stream = self._activate(k, y, stream)
                     else:
