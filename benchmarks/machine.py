@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nflib.cli import hardware as hardware
+from nflib.cli import processor as processor
 from nflib.core import Flow, sum_event
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def processor() -> str:
-    """The CPU's name, as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def hardware() -> str:
-    """The accelerator's name where there is one, else the CPU's."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def facts(module: str) -> dict[str, Any]:

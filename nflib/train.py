@@ -95,6 +95,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     mixed_precision: str | None = None,
+    compile: bool = False,
 ) -> History:
     """Train by maximum likelihood: minimise ``-log_prob`` with AdamW.
 
@@ -124,6 +125,7 @@ def fit(
         resume: continue from the checkpoint if it exists.
         progress: show a progress bar.
         mixed_precision: ``"bf16"`` runs the conditioners in bfloat16.
+        compile: run the model through ``torch.compile``; the first step then takes long.
 
     Returns: the `History`; ``nflib.plot.history`` draws it.
 
@@ -156,7 +158,9 @@ def fit(
 
     # The precision belongs to a run, while accelerate keeps it for the life of the process.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, dynamo_backend="inductor" if compile else None
+    )
     set_seed(seed)
     rows = len(tensors[0])
     batch = min(batch_size, rows)
@@ -494,3 +498,9 @@ def _bar(show: bool, total: int | None, initial: int) -> Any:
     return tqdm(
         total=total, initial=initial, unit="step", disable=None if show else True, leave=False
     )
+
+
+if __name__ == "__main__":
+    from nflib.cli import main
+
+    main()
