@@ -44,11 +44,10 @@ class Row:
     scales: str = "one"
     vectors: bool = False
     weight_decay: float = 0.01
-
-    @property
-    def lr(self) -> float:
-        """Convolutions make few steps in the time, which have to be larger."""
-        return 2e-3 if self.vectors else 4e-3
+    # Convolutions make few steps in the time, which have to be larger; networks that many patches
+    # share take larger ones still, after a few small ones.
+    lr: float = 4e-3
+    warmup: int = 0
 
 
 flowpp = partial(
@@ -63,16 +62,20 @@ flowpp = partial(
     grey_levels=LEVELS,
 )
 plusplus = partial(Row, scales="two")
+mixer = partial(models.mixerflow, SHAPE, grey_levels=LEVELS)
+mixing = partial(Row, lr=8e-3, warmup=20)
 ROWS: dict[str, Row] = {
     "NICE": Row(
         partial(models.nice, 64, 4, (256, 256), dropout=0.2, grey_levels=LEVELS),
         "additive coupling, diagonal",
         vectors=True,
+        lr=2e-3,
     ),
     "RealNVP, vectors": Row(
         partial(models.realnvp, 64, 8, (128, 128), dropout=0.2, grey_levels=LEVELS),
         "affine coupling, permutation",
         vectors=True,
+        lr=2e-3,
     ),
     "RealNVP": Row(
         partial(models.realnvp, SHAPE, 4, (32,), dropout=0.1, grey_levels=LEVELS),
@@ -108,6 +111,19 @@ ROWS: dict[str, Row] = {
     "Flow++, no attention": plusplus(
         partial(flowpp, attention=0), "mixture CDF coupling, 1x1 convolution", "variational"
     ),
+    "MixerFlow": mixing(
+        partial(mixer, 2, 8, (64,)), "affine coupling, LU, along 2x2 patches that shift"
+    ),
+    "MixerFlow, fixed patches": mixing(
+        partial(mixer, 2, 8, (64,), extraction="patches"), "affine coupling, LU, along 2x2 patches"
+    ),
+    "MixerFlow, bands": mixing(
+        partial(mixer, 1, 8, (128,), extraction="bands"), "affine coupling, LU, along rows"
+    ),
+    "MixerFlow, MAF flows": mixing(
+        partial(mixer, 1, 6, (64,), extraction="bands", flow="maf"),
+        "affine autoregressive, LU, along rows",
+    ),
 }
 
 
@@ -125,6 +141,7 @@ def measure(row: Row, seed: int, seconds: float) -> dict[str, Any]:
         splits["valid"],
         seconds=seconds,
         lr=row.lr,
+        warmup=row.warmup,
         weight_decay=row.weight_decay,
         seed=seed,
         progress=False,
