@@ -2,11 +2,12 @@
 
     python -m benchmarks.digits_flows                     # all models, goes on where it stopped
     python -m benchmarks.digits_flows --models Glow NICE  # only these, measured anew
+    python -m benchmarks.digits_flows --long              # some of them, ten minutes each
 
 Each model trains for 60 seconds on 1,297 images of 8 x 8 pixels and 17 grey levels, keeps the
 weights that are best on the 200 validation images, and is judged on the 300 test images: bits/dim,
 a lower bound on the likelihood with one draw of noise for each image (mean over 16 repeats) and
-with 32 draws. Writes results/digits_flows.json after every run.
+with 32 draws. Writes results/digits_flows.json, or results/digits_flows_long.json, after every run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ import torch
 
 from benchmarks import machine
 from nflib import data, models
-from nflib.core import Flow
+from nflib.core import Compose, Flow, StandardNormal
 from nflib.elementwise import Affine, RationalQuadraticSpline
+from nflib.linear import LU
 from nflib.metrics import evaluate
+from nflib.normalization import ActNorm
+from nflib.planar import Planar
 from nflib.train import fit
 
 LEVELS, SHAPE = 17, (1, 8, 8)
@@ -62,6 +66,7 @@ flowpp = partial(
     grey_levels=LEVELS,
 )
 plusplus = partial(Row, scales="two")
+vectors = partial(Row, vectors=True, lr=2e-3)
 mixer = partial(models.mixerflow, SHAPE, grey_levels=LEVELS)
 mixing = partial(Row, lr=8e-3, warmup=20)
 ROWS: dict[str, Row] = {
@@ -127,6 +132,29 @@ ROWS: dict[str, Row] = {
 }
 
 
+def planar() -> Flow:
+    """Eight planar maps with linear ones between them, as in chapter 3, behind the logit."""
+    layers = [layer for _ in range(8) for layer in (LU(64), Planar(64))]
+    return Flow(Compose(*models.dequantize(LEVELS), ActNorm(64), *layers), StandardNormal(64))
+
+
+vector_flow = {"hidden": (128, 128), "dropout": 0.2, "grey_levels": LEVELS}
+ROWS |= {
+    "Planar": vectors(planar, "planar, LU"),
+    "Spline coupling, vectors": vectors(
+        partial(models.spline_flow, 64, 4, 8, **vector_flow), "spline coupling, LU"
+    ),
+    "NAF": vectors(partial(models.naf, 64, 3, 8, **vector_flow), "monotone-network coupling, LU"),
+    "MAF, affine": vectors(
+        partial(models.maf, 64, 5, order="random", **vector_flow), "affine autoregressive"
+    ),
+    "IAF": vectors(
+        partial(models.iaf, 64, 2, **vector_flow), "affine autoregressive, read backwards"
+    ),
+}
+LONG = {name: ROWS[name] for name in ("MixerFlow", "MixerFlow, MAF flows", "RealNVP, vectors")}
+
+
 def measure(row: Row, seed: int, seconds: float) -> dict[str, Any]:
     """Train one model from one seed and judge it."""
     splits = {s: data.load("digits", s).x for s in ("train", "valid", "test")}
@@ -160,7 +188,18 @@ def measure(row: Row, seed: int, seconds: float) -> dict[str, Any]:
         "best_step": history.best_step,
         "seconds": round(elapsed, 1),
         "round_trip": disagreement,
+        "sampling": machine.sampling_seconds(flow),
     }
+
+
+def time_sampling(path: Path, makes: dict[str, Callable[[], Any]]) -> None:
+    """Add the time of 1,000 samples to the rows that lack it; training would not change it."""
+    result = json.loads(path.read_text())
+    for name, row in result["rows"].items():
+        if "sampling" not in row:
+            row["sampling"] = [machine.sampling_seconds(makes[name]())]
+            print(f"{name}: {row['sampling'][0]:.3f} s for 1,000 samples", flush=True)
+    machine.write(path, result)
 
 
 def measured(path: Path) -> dict[str, Any]:
@@ -172,22 +211,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=list(ROWS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training")
+    parser.add_argument("--long", action="store_true", help="ten minutes each")
+    parser.add_argument("--seconds", type=float, help="of training, 60, or 600 with --long")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "results" / "digits_flows.json")
+    parser.add_argument(
+        "--sampling", action="store_true", help="time samples of the rows there are"
+    )
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    rows_of = LONG if options.long else ROWS
+    options.seconds = options.seconds or (600.0 if options.long else 60.0)
+    name = "digits_flows_long" if options.long else "digits_flows"
+    options.out = options.out or machine.ROOT / "results" / f"{name}.json"
+    if options.sampling:
+        return time_sampling(options.out, {name: row.make for name, row in rows_of.items()})
     what = (
         "bits/dim of the digits' test images after so many seconds of training: lower bounds with "
         "one draw of noise (test) and with 32 (iw32); round_trip is the largest difference, in "
-        "nats a dimension, between log p of 10,000 samples on the way out and on the way back"
+        "nats a dimension, between log p of 10,000 samples on the way out and on the way back; "
+        "sampling is seconds for 1,000 samples"
     )
     # --models only chooses rows: the whole file is made by the command without it.
-    command = f"python -m benchmarks.digits_flows --threads {options.threads}"
+    command = "python -m benchmarks.digits_flows" + (" --long" if options.long else "")
+    command += f" --threads {options.threads}"
     facts = machine.facts("benchmarks.digits_flows") | {"command": command}
     facts["seconds"] = options.seconds
-    for name in options.models or ROWS:
-        row = ROWS[name]
+    for name in options.models or rows_of:
+        row = rows_of[name]
         table = {key: getattr(row, key) for key in ("transformation", "dequantization", "scales")}
         fresh = table | {"seeds": []}
         entry = fresh if options.models else measured(options.out).get(name, fresh)

@@ -14,7 +14,6 @@ results/digits_pixel_long.json.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import machine
+from benchmarks.digits_flows import measured, time_sampling
 from nflib import data, models
 from nflib.elementwise import LogisticMixtureCDF
 from nflib.metrics import evaluate
@@ -106,12 +106,8 @@ def measure(row: Row, seed: int, seconds: float) -> dict[str, Any]:
         "steps": int(history.records[-1]["step"]),
         "best_step": history.best_step,
         "seconds": round(elapsed, 1),
+        "sampling": machine.sampling_seconds(model),
     }
-
-
-def measured(path: Path) -> dict[str, Any]:
-    """The rows that the file holds so far."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else {}
 
 
 def main() -> None:
@@ -121,6 +117,9 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="ten minutes each")
     parser.add_argument("--seconds", type=float, help="of training, 60, or 600 with --long")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--sampling", action="store_true", help="time samples of the rows there are"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -131,9 +130,12 @@ def main() -> None:
     name = "digits_pixel_long" if options.long else "digits_pixel"
     out = options.out or machine.ROOT / "results" / f"{name}.json"
     seconds = options.seconds or (600.0 if options.long else 60.0)
+    if options.sampling:
+        return time_sampling(out, {name: row.make for name, row in rows_of.items()})
     what = (
         "bits/dim of the digits' test images after so many seconds of training: exact, or where "
-        "`likelihood` says so a lower bound with one draw of noise (test) and with 32 (iw32)"
+        "`likelihood` says so a lower bound with one draw of noise (test) and with 32 (iw32); "
+        "sampling is seconds for 1,000 samples"
     )
     # --models only chooses rows: the whole file is made by the command without it.
     command = "python -m benchmarks.digits_pixel" + (" --long" if options.long else "")

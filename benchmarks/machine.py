@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,19 @@ def round_trip(flow: Flow, samples: int = 10_000) -> float:
         gap = flow.base.log_prob(z) - log_det - flow.base.log_prob(again) - forward_log_det
         worst = max(worst, gap.abs().max().item() / z[0].numel())
     return worst
+
+
+@torch.no_grad()
+def sampling_seconds(model: Any, samples: int = 1000, repeats: int = 3) -> float:
+    """Seconds for so many samples of any model, the median of repeats after one that warms up.
+
+    No model here takes longer for better weights: what is solved numerically has fixed rounds.
+    """
+    model.eval()
+    model.sample(samples)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        model.sample(samples)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
