@@ -151,6 +151,11 @@ def find(name: str) -> Path:
     return Path(got)
 
 
+def names(prefix: str = "") -> list[str]:
+    """The names that `find` knows, in order: all, or those that begin with a prefix."""
+    return sorted(name for name in _registry() if name.startswith(prefix))
+
+
 def repository() -> str:
     """The address of the course's repository, as the installed package states it."""
     urls = metadata.metadata("nflib").get_all("Project-URL") or []

@@ -161,7 +161,8 @@ def fit(
     accelerator = Accelerator(
         mixed_precision=mixed_precision, dynamo_backend="inductor" if compile else None
     )
-    set_seed(seed)
+    # Noise and dropout differ between processes, the order of the data does not.
+    set_seed(seed, device_specific=True)
     rows = len(tensors[0])
     batch = min(batch_size, rows)
     if batch % accelerator.num_processes:

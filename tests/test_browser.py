@@ -276,6 +276,29 @@ def test_sounds_can_be_played(chapter: str, tabs: dict[str, Watched]) -> None:
     assert tab.troubles == []
 
 
+COLUMN = """
+    (head) => [...head.closest('table').tBodies[0].rows].map(
+      (row) => Number(row.cells[head.cellIndex].dataset.sort))
+"""
+
+
+def test_the_leaderboard_sorts_by_click_and_by_keyboard(tabs: dict[str, Watched]) -> None:
+    for view in ("desktop", "phone"):
+        page = tabs[view].open("chapters/24_which_flow.html")
+        head = page.locator("table.sortable th", has_text="parameters")
+        for key in (None, "Enter"):
+            before = head.evaluate(COLUMN)
+            if key is None:
+                head.click()
+            else:
+                head.press(key)
+            values = head.evaluate(COLUMN)
+            assert values in (sorted(before), sorted(before)[::-1])
+            assert values != before
+        assert head.get_attribute("aria-sort") in ("ascending", "descending")
+        assert tabs[view].troubles == []
+
+
 def test_solutions_are_folded_and_open_by_keyboard(tabs: dict[str, Watched]) -> None:
     page = tabs["desktop"].open("chapters/02_change_of_variables.html")
     folded = page.locator("details.hide")

@@ -142,6 +142,8 @@ def test_registry_agrees_with_the_committed_files() -> None:
         assert find(name) == ROOT / name
     stored = {p.relative_to(ROOT).as_posix() for p in (ROOT / "results").rglob("*.json")}
     assert stored <= registry.keys()
+    assert set(checkpoints.names()) == registry.keys()
+    assert checkpoints.names("results/") == sorted(n for n in registry if n.startswith("results/"))
 
 
 def test_an_unknown_name_is_one_sentence() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nflib import reversible
+from nflib.autoregressive import MaskedAutoregressive
 from nflib.checks import check_bijection, check_normalized, jacobian, randomize_parameters
 from nflib.core import Compose, Flow
 from nflib.coupling import Coupling, halves
@@ -171,6 +172,16 @@ def test_the_grid_moves_between_layers() -> None:
     assert not any(isinstance(m, Shift) for m in still.modules())
     with_one = mixerflow((1, 8, 8), 4, 2, (8,), shift=1)
     assert next(m.steps for m in with_one.modules() if isinstance(m, Shift)) == (1, 1)
+
+
+def test_what_one_layer_keeps_the_next_one_moves() -> None:
+    flow = mixerflow((1, 4, 4), 2, 2, (8,), linear="none")
+    masks = [m.mask.kept(4) for m in flow.modules() if isinstance(m, Coupling)]
+    assert torch.equal(masks[0], ~masks[2])
+    assert torch.equal(masks[1], ~masks[3])
+    flow = mixerflow((1, 4, 4), 2, 2, (8,), linear="none", flow="maf")
+    orders = [m.made.order.tolist() for m in flow.modules() if isinstance(m, MaskedAutoregressive)]
+    assert orders == [[0, 1, 2, 3]] * 2 + [[3, 2, 1, 0]] * 2
 
 
 def test_a_mixing_flow_of_ones_own() -> None:

@@ -212,6 +212,16 @@ class Exploding(Bijection):
         return x * self.scale, self.scale.abs().log().sum() + bad + torch.zeros(len(x))
 
 
+def test_compiled_training_is_the_same_up_to_rounding() -> None:
+    eager, compiled = make(), make()
+    settings = {"steps": 10, "batch_size": 64, "progress": False}
+    fit(eager, points(), **settings)
+    fit(compiled, points(), compile=True, **settings)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_non_finite_loss_names_step_layer_and_checkpoint(tmp_path: Path) -> None:
     model = Flow(Compose(LU(2), Exploding(), Diagonal(2)), StandardNormal(2))
     path = tmp_path / "run.safetensors"

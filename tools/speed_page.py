@@ -74,25 +74,18 @@ HOW = """\
 MACHINES = """\
 ## One GPU, eight, sixty-four
 
-`nflib.train.fit` leaves devices, processes and precision to the accelerate library. The same
-script runs anywhere; `batch_size` is that of all processes together, so that the loss is that of
-one process with the same batch (a test runs two processes and compares the weights).
+`nflib.train.fit` leaves devices, processes and precision to the accelerate library. One command
+trains any model of `nflib.models` anywhere, see [cli](api/cli.md); the batch size is that of all
+processes together, so that the loss is that of one process with the same batch, up to the noise
+that each process draws for integers (a test runs two processes on real numbers and compares).
 
-```python
-# train.py
-from nflib import data, models
-from nflib.train import fit
+    TRAIN="nflib.train glow --data mnist --levels 2 --steps 16 --hidden 256 --epochs 50
+           --batch-size 512 --mixed-precision bf16 --compile --resume"
 
-train, valid = (data.load("mnist", split).x.view(-1, 1, 28, 28) for split in ("train", "valid"))
-model = models.glow((1, 28, 28), levels=2, steps=16, hidden=256, grey_levels=256)
-fit(model, train, valid, epochs=50, batch_size=512, checkpoint="run.safetensors", resume=True,
-    mixed_precision="bf16")
-```
-
-    python train.py                                        # one GPU, or the CPU
-    accelerate launch --num_processes 8 train.py           # eight GPUs of one machine
+    python -m $TRAIN                                       # one GPU, or the CPU
+    accelerate launch --num_processes 8 -m $TRAIN          # eight GPUs of one machine
     accelerate launch --num_machines 8 --num_processes 64 \\
-        --machine_rank $RANK --main_process_ip $ADDRESS --main_process_port 29500 train.py
+        --machine_rank $RANK --main_process_ip $ADDRESS --main_process_port 29500 -m $TRAIN
 
 The last command runs on each of the eight machines, with its number 0 to 7 as `RANK` and the
 address of the first one. The first process writes the checkpoint; after a crash the same command
