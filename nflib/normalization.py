@@ -33,11 +33,11 @@ class PerDimension(Bijection):
 
     def _column(self, values: Tensor, x: Tensor) -> Tensor:
         """Values of the dimensions in a shape that broadcasts with x."""
-        return values.view(-1, *[1] * (x.ndim - 2))
+        return values if x.ndim == 2 else values.view(-1, *[1] * (x.ndim - 2))
 
     def _log_det(self, log_scale: Tensor, x: Tensor) -> Tensor:
-        pixels = x.shape[2:].numel()
-        return expand_log_det(log_scale.sum() * pixels, x)
+        total = log_scale.sum()
+        return expand_log_det(total if x.ndim == 2 else total * x.shape[2:].numel(), x)
 
     def extra_repr(self) -> str:
         return f"{self.dim}"
