@@ -12,6 +12,7 @@ https://arxiv.org/abs/1606.04934; Papamakarios et al. 2017 (MAF), https://arxiv.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -305,6 +306,8 @@ class MaskedAutoregressive(Bijection):
         elementwise: the map tau, e.g. `nflib.elementwise.Affine()`.
         hidden, context, order, residual, dropout: of the `MADE`.
         solver: ``"incremental"`` or ``"jacobi"``.
+        limit: the network sees x clamped to [-limit, limit], as in a `Coupling`: a rare noise
+            vector cannot be thrown further out by each dimension that follows another.
     """
 
     def __init__(
@@ -317,14 +320,17 @@ class MaskedAutoregressive(Bijection):
         residual: bool = False,
         dropout: float = 0.0,
         solver: str = "incremental",
+        limit: float = math.inf,
     ) -> None:
         super().__init__()
+        if not limit > 0:
+            raise ValueError(f"MaskedAutoregressive expects a positive limit, got {limit!r}.")
         if solver not in ("incremental", "jacobi"):
             raise ValueError(
                 "MaskedAutoregressive expects the solver 'incremental' or 'jacobi', "
                 f"got {solver!r}."
             )
-        self.elementwise, self.solver = elementwise, solver
+        self.elementwise, self.solver, self.limit = elementwise, solver, limit
         self.exact_inverse = elementwise.exact_inverse
         self.made = MADE(dim, elementwise.count, hidden, context, order, residual, dropout)
         self.event_shape, self.context_shape = (dim,), self.made.context_shape
@@ -343,7 +349,10 @@ class MaskedAutoregressive(Bijection):
 
     def _theta(self, x: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, dim)``, by rank; the network's bfloat16, if any, ends here."""
-        return self.made.by_rank(x, context).to(x.dtype)
+        return self.made.by_rank(self._seen(x), context).to(x.dtype)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return x if math.isinf(self.limit) else x.clamp(-self.limit, self.limit)
 
     def _incremental(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         columns = z.T.split(1)  # of (1, batch) each
@@ -351,7 +360,7 @@ class MaskedAutoregressive(Bijection):
 
         def choose(rank: int, theta: Tensor) -> Tensor:
             found.append(self.elementwise.inverse(columns[rank], theta.to(z.dtype).unsqueeze(0)))
-            return found[-1][0]
+            return self._seen(found[-1][0])
 
         self.made.in_order(choose, z.T, context)
         x, terms = zip(*found, strict=True)

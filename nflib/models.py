@@ -18,6 +18,7 @@ and ``log_prob`` is a lower bound in nats for them; without, it takes reals and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -51,7 +52,7 @@ from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet
 from nflib.normalization import ActNorm, BatchNorm
 
 ALPHA = 1e-3  # of the logit behind dequantization
-# What the networks of affine image flows see is clamped, see `Coupling`, far outside of the data.
+# What the networks of image flows see is clamped, see `Coupling`, far outside of the data.
 LIMIT = 12.0
 
 
@@ -257,7 +258,9 @@ def maf(
     if order not in ("reversed", "random"):
         raise ValueError(f"maf expects order 'reversed' or 'random', got {order!r}.")
     orders = ["random"] * 2 if order == "random" else [None, range(dim - 1, -1, -1)]
-    make = partial(MaskedAutoregressive, dim, elementwise or Affine(), hidden, context_dim)
+    limit = LIMIT if grey_levels else math.inf
+    tau = elementwise or Affine()
+    make = partial(MaskedAutoregressive, dim, tau, hidden, context_dim, limit=limit)
     steps: list[Bijection] = dequantize(grey_levels)
     for k in range(layers):
         layer = make(order=orders[k % 2], residual=residual, dropout=dropout)
@@ -476,11 +479,12 @@ def mixerflow(
     tau = elementwise or Affine()
 
     def coupling(dim: int, k: int) -> Bijection:
-        return Coupling(halves(dim, flip=k % 2 == 1), tau, net)
+        return Coupling(halves(dim, flip=k % 2 == 1), tau, net, limit=LIMIT)
 
     def autoregressive(dim: int, k: int) -> Bijection:
         order = range(dim - 1, -1, -1) if k % 2 else None
-        return MaskedAutoregressive(dim, tau, hidden, context_dim, order=order, dropout=dropout)
+        layer = partial(MaskedAutoregressive, context=context_dim, order=order, limit=LIMIT)
+        return layer(dim, tau, hidden, dropout=dropout)
 
     flows: dict[str, MixingFlow] = {"coupling": coupling, "maf": autoregressive}
     if isinstance(flow, str) and flow not in flows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -471,3 +472,30 @@ def test_a_layer_is_a_bijection_of_its_own_order() -> None:
     layer: Bijection = MaskedAutoregressive(5, Affine(), (8,), order=[4, 2, 0, 1, 3])
     assert layer.event_shape == (5,)
     check_bijection(layer, torch.randn(4, 5))
+
+
+@both_solvers
+def test_the_network_sees_no_further_than_the_limit(solver: str) -> None:
+    layer = shaken(MaskedAutoregressive(4, Affine(), (8,), solver=solver, limit=2.0), 0.5)
+    far = torch.tensor([[3.0, -5.0, 9.0, 1.0], [2.0, -2.0, 2.0, 1.0]]).double()
+    assert torch.equal(*layer._theta(far, None))
+    # Both inside and outside of the limit it is a bijection.
+    check_bijection(layer, 4 * torch.randn(8, 4), randomize=False)
+    with pytest.raises(ValueError, match="^MaskedAutoregressive expects a positive limit, got 0.$"):
+        MaskedAutoregressive(4, Affine(), limit=0)
+
+
+def test_the_limit_keeps_a_flow_of_images_from_exploding() -> None:
+    """A stack whose networks answer far inputs with larger ones, with and without the limit."""
+    torch.manual_seed(0)
+    flow = maf(16, 4, (32,), grey_levels=17)
+    randomize_parameters(flow)
+    layers = [part for part in flow.modules() if isinstance(part, MaskedAutoregressive)]
+    z = 10 * torch.randn(50, 16)
+    behind = flow.bijection[2:]
+    sizes = []
+    for limit in (layers[0].limit, math.inf):
+        for layer in layers:
+            layer.limit = limit
+        sizes.append(behind.inverse(z)[0].abs().max().item())
+    assert sizes[0] < sizes[1] / 10
