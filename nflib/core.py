@@ -82,6 +82,10 @@ class Bijection(nn.Module):
         """The shape of ``forward``'s output for an event of this shape; most layers keep it."""
         return shape
 
+    def parts(self) -> list[Bijection]:
+        """The layers that this one applies one after the other; most layers are one."""
+        return [self]
+
     def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> reversible.Replay:
         """Rebuild the input of which ``forward`` (or ``inverse``) made y, and the graph on it.
 
@@ -170,14 +174,14 @@ class Compose(Bijection):
         if memory not in ("plain", "reversible"):
             raise ValueError(f"Compose expects memory 'plain' or 'reversible', got {memory!r}.")
         if memory == "reversible":
-            reversible.check_reversible(self._parts()[1])
+            reversible.check_reversible(self._noise_and_rest()[1])
             reversible.let_compiler_trace()
         self.memory = memory
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._rebuilds():
             return in_turn(self, x, context)
-        noise, exact = self._parts()
+        noise, exact = self._noise_and_rest()
         x, log_det = in_turn(noise, x, context)
         z, term = reversible.run(exact, x, context)
         return z, log_det + term
@@ -185,7 +189,7 @@ class Compose(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._rebuilds():
             return in_turn(self, z, context, inverse=True)
-        noise, exact = self._parts()
+        noise, exact = self._noise_and_rest()
         x, log_det = reversible.run(exact, z, context, inverse=True)
         x, term = in_turn(noise, x, context, inverse=True)
         return x, log_det + term
@@ -193,9 +197,12 @@ class Compose(Bijection):
     def _rebuilds(self) -> bool:
         return self.memory == "reversible" and torch.is_grad_enabled()
 
-    def _parts(self) -> tuple[list[Bijection], list[Bijection]]:
+    def parts(self) -> list[Bijection]:
+        return [part for layer in self for part in layer.parts()]
+
+    def _noise_and_rest(self) -> tuple[list[Bijection], list[Bijection]]:
         """Dequantization at the start, which draws noise, and all the other layers."""
-        layers = flatten(self)
+        layers = self.parts()
         count = 0
         while count < len(layers) and layers[count].likelihood != "exact":
             count += 1
@@ -237,12 +244,6 @@ def in_turn(
         x, term = layer.inverse(x, context) if inverse else layer(x, context)
         log_det = log_det + term
     return x, log_det
-
-
-def flatten(layers: Iterable[Bijection]) -> list[Bijection]:
-    """The layers with nested compositions taken apart."""
-    parts = (flatten(layer) if isinstance(layer, Compose) else [layer] for layer in layers)
-    return [layer for part in parts for layer in part]
 
 
 class Inverse(Bijection):

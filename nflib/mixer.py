@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nflib.core import Bijection, EventShape, Shape, ShapeError, describe, fits, zeros_log_det
+from nflib.reversible import Replay
 
 
 class Patches(Bijection):
@@ -162,6 +163,23 @@ class AlongChannels(Bijection):
         self.check_input(z, context)
         return self._gather(z, *self.bijection.inverse(*self._rows(z, context)))
 
+    def parts(self) -> list[Bijection]:
+        # Kept, and not as modules of this one: their parameters are those of the bijection.
+        if "_parts" not in self.__dict__:
+            inner = self.bijection.parts()
+            self.__dict__["_parts"] = [type(self)(p) for p in inner] if len(inner) > 1 else None
+        return self.__dict__["_parts"] or [self]
+
+    def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+        again = self.bijection.replay(*self._rows(y, context), inverse)
+        x = self._matrix(y, again.x)
+        outputs = self._gather(y, *again.outputs)
+
+        def join(*gradients: Tensor) -> Tensor:
+            return self._matrix(y, again.join(*gradients))
+
+        return Replay(x, outputs, again.leaves, join)
+
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.check_input(x, context)
@@ -180,12 +198,15 @@ class AlongChannels(Bijection):
 
     def _gather(self, x: Tensor, rows: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The matrices of these rows (or columns), shaped as x, and one log-det for each."""
-        count = x.shape[2] if self.transposed else x.shape[1]
-        z = rows.unflatten(0, (len(x), count))
-        return (
-            z.transpose(1, 2) if self.transposed else z,
-            log_det.unflatten(0, (len(x), count)).sum(1),
-        )
+        return self._matrix(x, rows), log_det.unflatten(0, (len(x), self._count(x))).sum(1)
+
+    def _matrix(self, x: Tensor, rows: Tensor) -> Tensor:
+        z = rows.unflatten(0, (len(x), self._count(x)))
+        return z.transpose(1, 2) if self.transposed else z
+
+    def _count(self, x: Tensor) -> int:
+        """How many rows (or columns) of a matrix share the bijection."""
+        return x.shape[2] if self.transposed else x.shape[1]
 
 
 class AlongPatches(AlongChannels):
