@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from nflib.autoregressive import MaskedAutoregressive
 from nflib.convolution import Invertible1x1Conv
 from nflib.core import (
@@ -446,8 +448,8 @@ def mixerflow(
         extraction: ``"patches"``, ``"bands"``, or ``"shifted"``: patches whose grid moves.
         shift: how many pixels it moves each way after a layer, by default half a patch.
         normalization: ``"actnorm"`` or ``"batchnorm"``, before each flow and at the end.
-        linear: ``"lu"``, ``"dense"``, ``"householder"``, ``"permutation"`` or ``"none"``, before
-            each flow.
+        linear: ``"lu"`` or ``"dense"``, which start at the identity, ``"householder"``,
+            ``"permutation"`` or ``"none"``, before each flow.
         flow: ``"coupling"``, ``"maf"``, or a function that builds the k-th flow of so many numbers.
         elementwise: another map in the place of the affine one, e.g. a spline.
         network: another conditioner in the place of the `MLP`.
@@ -511,10 +513,15 @@ def _shift(cut: Patches, step: int | None) -> Shift:
 
 
 def linear_map(dim: int, kind: str) -> list[Bijection]:
-    """The linear layer of that name, without a bias, or none."""
+    """The linear layer of that name, without a bias, or none.
+
+    Matrices start at the identity: a number keeps its meaning, and so do neighbours. A random
+    rotation would scramble patches before anything is learned.
+    """
+    eye = torch.eye(dim)
     kinds: dict[str, Callable[[], Bijection]] = {
-        "lu": lambda: LU(dim, bias=False),
-        "dense": lambda: Dense(dim, bias=False),
+        "lu": lambda: LU(dim, bias=False, weight=eye),
+        "dense": lambda: Dense(dim, bias=False, weight=eye),
         "householder": lambda: Householder(dim, bias=False),
         "permutation": lambda: Permutation(dim),
     }
