@@ -152,7 +152,7 @@ ROWS |= {
         partial(models.iaf, 64, 2, **vector_flow), "affine autoregressive, read backwards"
     ),
 }
-LONG = {name: ROWS[name] for name in ("MixerFlow", "MixerFlow, MAF flows", "RealNVP, vectors")}
+LONG = {name: ROWS[name] for name in ("MixerFlow, bands", "RealNVP, vectors")}
 
 
 def measure(row: Row, seed: int, seconds: float) -> dict[str, Any]:

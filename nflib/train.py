@@ -415,7 +415,9 @@ class _Run:
         return True
 
     def finish(self) -> None:
-        """Leave the model with the weights that were judged best."""
+        """Leave the model with the weights that were judged best, and without autocast."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("forward", None)  # accelerate leaves the class's own there
         if self.best:
             self.model.load_state_dict(self.best)
         elif self.average is not None:

@@ -19,6 +19,7 @@ from nflib.checkpoints import CheckpointError
 from nflib.core import Bijection, Compose, Flow, StandardNormal
 from nflib.linear import LU, Diagonal
 from nflib.metrics import evaluate
+from nflib.models import realnvp
 from nflib.planar import Planar
 from nflib.train import NonFiniteError, as_tensors, fit
 
@@ -210,6 +211,14 @@ class Exploding(Bijection):
         self.calls += self.training
         bad = torch.inf if self.calls > 10 else 0.0
         return x * self.scale, self.scale.abs().log().sum() + bad + torch.zeros(len(x))
+
+
+def test_the_precision_of_a_run_ends_with_it() -> None:
+    model = realnvp(2, 2, (16,))
+    fit(model, points(), steps=30, lr=1e-2, mixed_precision="bf16", progress=False)
+    x = points(8)
+    assert torch.equal(model(x), model.log_prob(x))
+    assert "forward" not in vars(model)
 
 
 def test_compiled_training_is_the_same_up_to_rounding() -> None:
