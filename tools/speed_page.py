@@ -89,7 +89,8 @@ that each process draws for integers (a test runs two processes on real numbers 
 
 The last command runs on each of the eight machines, with its number 0 to 7 as `RANK` and the
 address of the first one. The first process writes the checkpoint; after a crash the same command
-goes on from it.
+goes on from it. [Chapter 23](chapters/23_mixerflow_on_gpu.ipynb) trains a MixerFlow this way, step by
+step.
 
 What to expect: in each step every GPU sends and receives the gradients once around a ring, about
 $2 P \\cdot 4$ bytes for $P$ parameters in float32, whatever the number of GPUs. Divided by the
