@@ -292,6 +292,7 @@ def test_the_leaderboard_sorts_by_click_and_by_keyboard(tabs: dict[str, Watched]
                 head.click()
             else:
                 head.press(key)
+            page.wait_for_timeout(100)  # the script sorts after the event
             values = head.evaluate(COLUMN)
             assert values in (sorted(before), sorted(before)[::-1])
             assert values != before

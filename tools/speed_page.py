@@ -89,8 +89,8 @@ that each process draws for integers (a test runs two processes on real numbers 
 
 The last command runs on each of the eight machines, with its number 0 to 7 as `RANK` and the
 address of the first one. The first process writes the checkpoint; after a crash the same command
-goes on from it. [Chapter 23](chapters/23_mixerflow_on_gpu.ipynb) trains a MixerFlow this way, step by
-step.
+goes on from it. [Chapter 23](chapters/23_mixerflow_on_gpu.ipynb) does all this step by step with a
+MixerFlow.
 
 What to expect: in each step every GPU sends and receives the gradients once around a ring, about
 $2 P \\cdot 4$ bytes for $P$ parameters in float32, whatever the number of GPUs. Divided by the
@@ -219,6 +219,11 @@ def page() -> str:
         "add any; a long chain of matrices that are far from rotations does, as the spline "
         "couplings with an LU layer before each show. Look at this number before you train very "
         "deep, or keep activations every so many layers by composing several reversible parts.\n"
+    )
+    parts.append(
+        "What it costs in time: every conditioner runs once more, which is a third of its forward "
+        "and backward pass, and every small operation of the layer twice more, for its inverse and "
+        "for its graph. In small models these operations are as dear as the networks.\n"
     )
     parts.append(HOW)
     parts.append("## What training costs beside the model\n")
