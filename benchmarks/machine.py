@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from nflib.cli import hardware as hardware
-from nflib.cli import processor as processor
+from nflib.cli import hardware
 from nflib.core import Flow, sum_event
 
 ROOT = Path(__file__).resolve().parent.parent

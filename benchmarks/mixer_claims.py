@@ -13,7 +13,6 @@ image against its size.
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.digits_flows import measured
 from nflib import data, models
 from nflib.core import Flow
 from nflib.metrics import evaluate
@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, dict[str, Row]] = {
     "colour": {
         "MixerFlow, shifted patches": colour(mixer),
         "MixerFlow, fixed patches": colour(partial(mixer, extraction="patches")),
-        "MixerFlow, bands": colour(partial(bands, patch=1)),
+        "MixerFlow, bands": colour(bands),
         "Glow": colour(glow),
     },
     "permuted": {"MixerFlow": Row(bands, permute=True), "Glow": Row(glow, permute=True)},
@@ -179,11 +179,6 @@ def main() -> None:
                     options.out, {"what": what, **facts, "training": TRAINING, "rows": rows}
                 )
                 print(f"{experiment}, {name}, seed {seed}: {result}", flush=True)
-
-
-def measured(path: Path) -> dict[str, Any]:
-    """The rows that the file holds so far."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine, memory
-from nflib import checkpoints, data, models, reversible
+from nflib import checkpoints, cli, data, models, reversible
 from nflib.core import Flow
 
 SHAPE = (1, 28, 28)
@@ -474,7 +474,7 @@ def measure(
         start = time.perf_counter()
         result = function(sizes, device, runs)
         facts = machine.facts("benchmarks.mixer_gpu")
-        facts["hardware"] = machine.processor() if device == "cpu" else machine.hardware()
+        facts["hardware"] = cli.processor() if device == "cpu" else cli.hardware()
         facts["seconds"] = round(time.perf_counter() - start)
         machine.write(path, facts | result)
 
