@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.cache import is_traced, while_unchanged
+from nflib.cache import is_traced, kept
 from nflib.core import Bijection, ShapeError, sum_log_det
 from nflib.elementwise import Elementwise
 from nflib.linear import place
-from nflib.nets import Context, equal_widths, vector_context
+from nflib.nets import equal_widths, vector_context
+Context = object
 
 # Dimensions that the incremental inverse takes together, see `MADE.in_order`: the fewer, the less
 # is copied, the more, the larger are the matrix products.
@@ -60,7 +61,7 @@ class MaskedLinear(nn.Module):
         self.bias = nn.Parameter(start[:, -1].clone())
         self.register_buffer("position", mask.flatten().nonzero()[:, 0], persistent=False)
 
-    @while_unchanged
+    @kept
     def weight(self) -> Tensor:
         """The matrix W, ``(outputs, inputs)``."""
         return place(self.taps[0], self.position, (self.outputs, self.inputs))

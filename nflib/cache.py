@@ -1,48 +1,62 @@
-"""Results that are kept for as long as the parameters they come from are the same."""
+"""Matrices that are kept while a block of code runs.
+
+Some layers assemble a matrix from their parameters: LU multiplies its factors, a MADE spreads its
+weights over a masked matrix. Inside of a block that changes no parameter once is enough:
+
+    with cached(flow), torch.no_grad():
+        for rows in x.split(1000):
+            flow.log_prob(rows)
+
+`nflib.metrics.evaluate` and the samplers do so themselves. Outside of the block nothing is kept,
+so nothing can be out of date.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# How many optimizer steps there were in this process: fused ones change parameters uncounted.
-steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global steps
-    steps += 1
+# What is kept for each module of the models that `cached` was given; None outside of any block.
+_kept: ContextVar[dict[nn.Module, dict[str, Tensor]] | None] = ContextVar("kept", default=None)
 
 
-register_optimizer_step_post_hook(_count_step)
+@contextmanager
+def cached(model: nn.Module) -> Iterator[None]:
+    """Keep what the model's methods marked `kept` return, as long as the block runs.
 
-
-def while_unchanged(method: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """Keep what a module's method makes of its parameters, in evaluation and without gradients.
-
-    A matrix is then assembled once and not in each call of ``log_prob`` or ``sample``. Parameters
-    count their changes in place (``Tensor._version``): after a change, a load, a move to another
-    dtype or device, or any optimizer's step the method runs again. In training, with gradients, in
-    a compiled graph and under ``torch.func`` it always runs. Only what is written through
-    ``.data``, which hides a change from torch as well, goes unnoticed.
+    Parameters must not change inside of it. With gradients, in a compiled graph and under
+    ``torch.func`` nothing is kept, for the result would not know its origin.
     """
-    slot = f"_kept_{method.__name__}"
+    before = _kept.get() or {}
+    # A block inside of another goes on with what is there.
+    token = _kept.set({module: before.get(module, {}) for module in model.modules()} | before)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def kept(method: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Mark a method that makes a tensor of its module's parameters and of nothing else."""
+    name = method.__name__
 
     @functools.wraps(method)
     def run(module: nn.Module) -> Tensor:
-        if module.training or torch.is_grad_enabled() or is_traced():
+        if is_traced():
             return method(module)
-        state = [(p, steps, p._version, p.dtype, p.device) for p in module.parameters()]
-        kept: tuple[Any, Tensor] | None = module.__dict__.get(slot)
-        # Compared one by one, for two parameters are the same only if they are one object.
-        if kept is None or not _same(kept[0], state):
-            kept = module.__dict__[slot] = state, method(module)
-        return kept[1]
+        stores = _kept.get()
+        store = None if stores is None or torch.is_grad_enabled() else stores.get(module)
+        if store is None:
+            return method(module)
+        if name not in store:
+            store[name] = method(module)
+        return store[name]
 
     return run
 
@@ -52,9 +66,3 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _same(old: list[tuple[Any, ...]], new: list[tuple[Any, ...]]) -> bool:
-    return len(old) == len(new) and all(
-        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, new, strict=True)
-    )

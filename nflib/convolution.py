@@ -11,14 +11,18 @@ the channels, so that their inverse is well conditioned.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.cache import while_unchanged
+from nflib.arguments import Odd, Size, checked
+from nflib.cache import kept
 from nflib.core import (
     Bijection,
     Compose,
+    EventShape,
     ShapeError,
     expand_log_det,
     full_precision,
@@ -40,19 +44,19 @@ class Invertible1x1Conv(Bijection):
         bias: whether to add a learned b.
     """
 
-    def __init__(self, channels: int, parametrization: str = "lu", bias: bool = False) -> None:
+    @checked
+    def __init__(
+        self,
+        channels: Size,
+        parametrization: Literal["lu", "dense"] = "lu",
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         kinds: dict[str, type[Dense] | type[LU]] = {"lu": LU, "dense": Dense}
-        if parametrization not in kinds:
-            raise ValueError(
-                f"Invertible1x1Conv expects parametrization 'lu' or 'dense', "
-                f"got {parametrization!r}."
-            )
         self.linear: Linear = kinds[parametrization](channels, bias)
         self.event_shape = (channels, None, None)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         with full_precision(x):
             weight = self.linear.weight()[:, :, None, None]
             z = F.conv2d(x, weight, self.linear.bias)
@@ -60,7 +64,6 @@ class Invertible1x1Conv(Bijection):
         return z, expand_log_det(log_det, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         bias = self.linear.bias
         with full_precision(z):
             shifted = z if bias is None else z - bias[:, None, None]
@@ -68,7 +71,7 @@ class Invertible1x1Conv(Bijection):
             log_det = -self.linear.log_abs_det() * (z.shape[2] * z.shape[3])
         return x, expand_log_det(log_det, z)
 
-    @while_unchanged
+    @kept
     def inverse_weight(self) -> Tensor:
         """``W^-1``, ``(channels, channels)``: few channels, many pixels."""
         size = self.linear.dim
@@ -94,23 +97,27 @@ class PeriodicConv(Bijection):
         SingularMatrixError: if a frequency is wiped out, so that no inverse exists.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
+    @checked
+    def __init__(self, channels: Size, kernel_size: Odd = 3, bias: bool = True) -> None:
         super().__init__()
-        self.kernel_size = check_kernel(kernel_size, "PeriodicConv")
+        self.kernel_size = kernel_size
         self.weight = nn.Parameter(rotation_kernel(channels, kernel_size))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.event_shape = (channels, None, None)
 
-    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
-        super().check_input(x, context)
-        if min(x.shape[2:]) < self.kernel_size:
+    def output_shape(self, shape: EventShape | None) -> EventShape | None:
+        sides = [side for side in (shape or ())[1:] if isinstance(side, int)]
+        if sides and min(sides) < self.kernel_size:
             raise ShapeError(
                 f"PeriodicConv expects images of at least {self.kernel_size} pixels each way, "
-                f"got {tuple(x.shape[2:])}."
+                f"got {tuple(sides)}."
             )
+        return shape
+
+    def input_shape(self, shape: EventShape | None) -> EventShape | None:
+        return self.output_shape(shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         spectrum = self._spectrum(x)
         margin = self.kernel_size // 2
         with full_precision(x):
@@ -119,7 +126,6 @@ class PeriodicConv(Bijection):
         return z, expand_log_det(self._log_abs_det(spectrum, x.shape[3]), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         spectrum = self._spectrum(z)
         shifted = z if self.bias is None else z - self.bias[:, None, None]
         # (batch, c, H, F) -> one right-hand side a batch row at each frequency: (H, F, c, batch)
@@ -161,11 +167,12 @@ class CausalConv(Bijection):
 
     position: Tensor
 
+    @checked
     def __init__(
-        self, channels: int, kernel_size: int = 3, reverse: bool = False, bias: bool = True
+        self, channels: Size, kernel_size: Odd = 3, reverse: bool = False, bias: bool = True
     ) -> None:
         super().__init__()
-        k = check_kernel(kernel_size, type(self).__name__)
+        k = kernel_size
         self.channels, self.kernel_size, self.reverse = channels, k, reverse
         self.event_shape = (channels, None, None)
         mask = torch.zeros(channels, channels, k, k)
@@ -187,7 +194,6 @@ class CausalConv(Bijection):
         return taps + F.pad(diagonal, (k // 2,) * 4)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         weight = self.weight()
         if self.reverse:
             weight = weight.flip(0, 1, 2, 3)
@@ -196,7 +202,6 @@ class CausalConv(Bijection):
         return z, self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         log_det = -self._log_det(z)
         if self.bias is not None:
             z = z - self.bias[:, None, None]
@@ -255,18 +260,12 @@ class EmergingConv(Compose):
         kernel_size: size k of each factor's kernel, odd.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, bias: bool = True) -> None:
+    @checked
+    def __init__(self, channels: Size, kernel_size: Odd = 3, bias: bool = True) -> None:
         super().__init__(
             CausalConv(channels, kernel_size, bias=False),
             CausalConv(channels, kernel_size, reverse=True, bias=bias),
         )
-        self.event_shape = (channels, None, None)
-
-
-def check_kernel(kernel_size: int, name: str) -> int:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ShapeError(f"{name} expects an odd kernel_size, got {kernel_size}.")
-    return kernel_size
 
 
 def rotation_kernel(channels: int, kernel_size: int) -> Tensor:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nflib.arguments import ArgumentError, Positive, Size, checked, show
 from nflib.core import Bijection, EventShape, ShapeError, sum_log_det
 from nflib.elementwise import Elementwise
-from nflib.reversible import Replay
 
 # Builds a conditioner for so many inputs and outputs: a class of nflib.nets, or a partial of one.
 Network = Callable[[int, int], nn.Module]
@@ -67,15 +67,15 @@ class DimensionMask(Mask):
 
     def __init__(self, keep: Sequence[bool] | Tensor) -> None:
         super().__init__()
-        flags = torch.as_tensor(keep)
+        flags = keep if isinstance(keep, Tensor) else torch.tensor(_flags(keep))
         if flags.dtype != torch.bool or flags.ndim != 1 or flags.all() or not flags.any():
-            raise ShapeError(
+            raise ArgumentError(
                 "DimensionMask expects a truth value for each dimension, some true and some "
-                f"false, got {flags.tolist()}."
+                f"false, got {show(flags.tolist())}."
             )
         self.dim, self.inputs = len(flags), int(flags.sum())
         self.outputs = self.dim - self.inputs
-        self.event_shape = None
+        self.event_shape = (self.dim, ...)
         order = torch.cat([flags.nonzero()[:, 0], (~flags).nonzero()[:, 0]])
         # Two contiguous parts need no indexing; which of the two is kept decides their order.
         self.contiguous = bool((flags[1:] != flags[:-1]).sum() == 1)
@@ -84,10 +84,6 @@ class DimensionMask(Mask):
         self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim < 2 or x.shape[1] != self.dim:
-            raise ShapeError(
-                f"DimensionMask expects shape (batch, {self.dim}, ...), got {tuple(x.shape)}."
-            )
         if not self.contiguous:
             x = x.index_select(1, self.order)
         if self.contiguous and not self.first:
@@ -120,10 +116,11 @@ class CheckerboardMask(Mask):
     keep: Tensor
     index: Tensor
 
-    def __init__(self, channels: int, height: int, width: int, *, flip: bool = False) -> None:
+    @checked
+    def __init__(self, channels: Size, height: Size, width: Size, *, flip: bool = False) -> None:
         super().__init__()
-        if channels < 1 or height * width < 2:
-            raise ShapeError(
+        if height * width < 2:
+            raise ArgumentError(
                 "CheckerboardMask expects images of at least two pixels, "
                 f"got shape {(channels, height, width)}."
             )
@@ -149,28 +146,52 @@ class CheckerboardMask(Mask):
         return f"{', '.join(map(str, self.event_shape or ()))}, flip={self.flip}"
 
 
-def halves(dim: int, flip: bool = False) -> DimensionMask:
+@checked
+def halves(dim: Size, flip: bool = False) -> DimensionMask:
     """Keeps the first half of a vector's numbers or an image's channels; flipped, the second.
 
     Of an odd number the kept part is the larger one.
     """
+    _two("halves", dim)
     index = torch.arange(dim)
     return DimensionMask(index >= dim // 2 if flip else index < dim - dim // 2)
 
 
-def alternating(dim: int, flip: bool = False) -> DimensionMask:
+@checked
+def alternating(dim: Size, flip: bool = False) -> DimensionMask:
     """Keeps the numbers (or channels) 0, 2, 4, ...; flipped, 1, 3, 5, ..."""
+    _two("alternating", dim)
     return DimensionMask((torch.arange(dim) % 2 == 0) != flip)
 
 
-def channels(count: int, flip: bool = False) -> DimensionMask:
+@checked
+def channels(count: Size, flip: bool = False) -> DimensionMask:
     """Keeps the first half of an image's channels; flipped, the second. The same as `halves`."""
+    _two("channels", count)
     return halves(count, flip)
 
 
-def checkerboard(channels: int, height: int, width: int, *, flip: bool = False) -> CheckerboardMask:
+@checked
+def checkerboard(
+    channels: Size, height: Size, width: Size, *, flip: bool = False
+) -> CheckerboardMask:
     """Keeps every other pixel of an image, see `CheckerboardMask`."""
     return CheckerboardMask(channels, height, width, flip=flip)
+
+
+def _two(name: str, dim: int) -> None:
+    if dim < 2:
+        raise ArgumentError(
+            f"{name} expects at least 2 numbers, to keep some and move some, got 1."
+        )
+
+
+def _flags(keep: Sequence[bool]) -> list[bool]:
+    if not isinstance(keep, Sequence) or isinstance(keep, str):
+        raise ArgumentError(
+            f"DimensionMask expects keep to be a sequence of truth values, got {show(keep)}."
+        )
+    return list(keep)
 
 
 class Coupling(Bijection):
@@ -196,50 +217,48 @@ class Coupling(Bijection):
         ShapeError: if the conditioner returns another shape than the map's parameters have.
     """
 
+    @checked
     def __init__(
-        self, mask: Mask, elementwise: Elementwise, network: Network, *, limit: float = math.inf
+        self, mask: Mask, elementwise: Elementwise, network: Network, *, limit: Positive = math.inf
     ) -> None:
         super().__init__()
-        if not limit > 0:
-            raise ValueError(f"Coupling expects a positive limit, got {limit!r}.")
         self.mask, self.elementwise, self.limit = mask, elementwise, limit
         self.conditioner = network(mask.inputs, elementwise.count * mask.outputs)
+        if not isinstance(self.conditioner, nn.Module):
+            raise ArgumentError(
+                "Coupling expects network to build an nn.Module from its numbers of inputs and "
+                f"outputs, got {show(self.conditioner)} from it."
+            )
         self.event_shape = mask.event_shape
         self.context_shape = getattr(self.conditioner, "context_shape", None)
         self.exact_inverse = elementwise.exact_inverse
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         kept, moved = self.mask.split(x)
-        moved, terms = self.elementwise.forward(moved, self._theta(kept, context))
+        moved, terms = self.elementwise.forward(moved, self.theta(kept, context))
         return self.mask.merge(kept, moved), sum_log_det(terms)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         kept, moved = self.mask.split(z)
-        moved, terms = self.elementwise.inverse(moved, self._theta(kept, context))
+        moved, terms = self.elementwise.inverse(moved, self.theta(kept, context))
         return self.mask.merge(kept, moved), sum_log_det(terms)
 
-    def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
-        """The conditioner runs once for both ways: what it sees is the same before and after."""
-        kept, moved = self.mask.split(y.detach())
-        kept = kept.detach().requires_grad_()
-        theta = self._theta(kept, context)
-        before, (moved, terms) = self.elementwise.replay(moved, theta, inverse)
-        outputs = self.mask.merge(kept, moved), sum_log_det(terms)
-        x = self.mask.merge(kept.detach(), before.detach())
-        # Of an image on a checkerboard what is kept has all pixels: merging drops the others.
-        return Replay(x, outputs, (kept, before), self.mask.merge)
+    def extra_repr(self) -> str:
+        limit = "" if math.isinf(self.limit) else f", limit={self.limit:g}"
+        return f"{self.elementwise!r}{limit}"
 
-    def _theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
-        """theta, ``(batch, count, *moved)``; the conditioner's bfloat16, if any, ends here."""
+    def theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        """What the conditioner makes of the kept part, ``(batch, count, *moved)``.
+
+        The conditioner's bfloat16, if any, ends here.
+        """
         net, count = self.conditioner, self.elementwise.count
         seen = kept if math.isinf(self.limit) else kept.clamp(-self.limit, self.limit)
         raw = net(seen) if self.context_shape is None else net(seen, context)
         n, outputs, *rest = kept.shape[0], self.mask.outputs, *kept.shape[2:]
-        if raw.shape != (n, count * outputs, *rest):
+        if not isinstance(raw, Tensor) or raw.shape != (n, count * outputs, *rest):
             raise ShapeError(
                 "Coupling expects its conditioner to return shape "
-                f"{(n, count * outputs, *rest)}, got {tuple(raw.shape)}."
+                f"{(n, count * outputs, *rest)}, got {show(raw)}."
             )
         return self.mask.select(raw.to(kept.dtype).reshape(n, count, outputs, *rest))

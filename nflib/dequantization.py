@@ -19,39 +19,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflib.core import Bijection, ShapeError, StandardNormal, log_det_dtype, sum_event, sum_log_det
-from nflib.data import check
+from nflib.arguments import ArgumentError, Levels, checked
+from nflib.core import (
+    Bijection,
+    DataError,
+    Layer,
+    Stochastic,
+    check_finite,
+    check_values,
+    log_det_dtype,
+    log_normal,
+    require_bijection,
+    sum_event,
+    sum_log_det,
+)
 
 
-class Dequantization(Bijection):
-    """What the layers of this file share: k levels, integers in, numbers in [0, 1] out."""
+class Dequantization(Stochastic):
+    """What the two kinds share: k levels, integers in, numbers in [0, 1] out."""
 
-    likelihood = "lower bound"
-    exact_inverse = False
+    event_shape = (None, ...)
     anchor: Tensor
 
-    def __init__(self, levels: int) -> None:
+    @checked
+    def __init__(self, levels: Levels) -> None:
         super().__init__()
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(
-                f"{type(self).__name__} expects at least 2 grey levels, got {levels!r}."
-            )
         self.levels = levels
         # Follows the model's device and dtype, which the integers do not tell.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data that are not whole numbers in 0 .. k-1."""
-        check(x, "The data of a dequantization", self.levels)
+        check_values(x, f"The data of {type(self).__name__}", self.levels)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.check_data(x)
 
     def _numbers(self, x: Tensor) -> Tensor:
-        if x.ndim < 2:
-            raise ShapeError(
-                f"{type(self).__name__} expects shape (batch, ...), got {tuple(x.shape)}."
-            )
         return x if x.is_floating_point() else x.to(self.anchor.dtype)
 
     def _within_cells(self, x: Tensor, u: Tensor) -> Tensor:
@@ -62,8 +66,8 @@ class Dequantization(Bijection):
 
     def _log_levels(self, x: Tensor) -> Tensor:
         """``-D log k`` for each row: what dividing by k costs."""
-        cost = -x[0].numel() * math.log(self.levels) if len(x) else 0.0
-        return torch.full((len(x),), cost, device=x.device, dtype=log_det_dtype(x.dtype))
+        cost = -x.shape[1:].numel() * math.log(self.levels)
+        return torch.full((x.shape[0],), cost, device=x.device, dtype=log_det_dtype(x.dtype))
 
     def _pixels(self, z: Tensor) -> Tensor:
         """The integers whose cells hold z; beyond the ends, the nearest."""
@@ -90,7 +94,6 @@ class UniformDequantization(Dequantization):
         return self._within_cells(x, torch.rand_like(x)), self._log_levels(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         return self._pixels(z), -self._log_levels(z)
 
 
@@ -110,9 +113,9 @@ class VariationalDequantization(Dequantization):
             [-1, 1]: layers with a ``context_shape`` equal to x's shape see it.
     """
 
-    def __init__(self, levels: int, bijection: Bijection) -> None:
+    def __init__(self, levels: int, bijection: Layer) -> None:
         super().__init__(levels)
-        self.bijection = bijection
+        self.bijection = require_bijection("VariationalDequantization", bijection)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         super().initialize(x, context)
@@ -128,7 +131,6 @@ class VariationalDequantization(Dequantization):
         return z, self._log_levels(x) - self._log_q(noise, v, log_det)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         x = self._pixels(z)
         # Outside of [0, k) no noise could have led here: the nearest that could is taken.
         edge = torch.finfo(z.dtype).eps
@@ -142,7 +144,7 @@ class VariationalDequantization(Dequantization):
     def _log_q(self, noise: Tensor, v: Tensor, log_det: Tensor) -> Tensor:
         """log q(u|x) for ``u = sigmoid(v)``, v the image of the noise."""
         log_sigmoid_slope = sum_event(F.logsigmoid(v) + F.logsigmoid(-v))
-        return StandardNormal(*noise.shape[1:]).log_prob(noise) - log_det - log_sigmoid_slope
+        return log_normal(noise) - log_det - log_sigmoid_slope
 
 
 class Logit(Bijection):
@@ -157,22 +159,31 @@ class Logit(Bijection):
         alpha: in (0, 0.5).
 
     Raises:
-        ShapeError: for events that are not floating-point numbers.
+        DataError: from ``check_data``, for data outside of [0, 1].
     """
 
+    @checked
     def __init__(self, alpha: float = 1e-3) -> None:
         super().__init__()
         if not 0 < alpha < 0.5:
-            raise ValueError(f"Logit expects alpha between 0 and 0.5, got {alpha!r}.")
+            raise ArgumentError(f"Logit expects alpha between 0 and 0.5, got {alpha!r}.")
         self.alpha = alpha
 
+    def check_data(self, x: Tensor) -> None:
+        """Refuse data outside of [0, 1]."""
+        check_finite(x, "The data of Logit")
+        low, high = x.min().item(), x.max().item()
+        if low < 0 or high > 1:
+            raise DataError(
+                "The data of Logit must lie in [0, 1], got values from "
+                f"{low:g} to {high:g}; divide pixels by 255, or dequantize them."
+            )
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         z = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
         return z, self._log_det(z)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
         return x, -self._log_det(z)
 

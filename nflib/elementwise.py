@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib import reversible
+
 from nflib.core import Bijection, ShapeError, sum_log_det
 from nflib.rootfinding import solve_increasing
 
@@ -67,7 +67,7 @@ class Elementwise:
 
         For `nflib.reversible`. A map overrides it if what it makes of its parameters serves both.
         """
-        return reversible.undo(self.forward, self.inverse, inverse, y, parameters)
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k != "count")
@@ -125,7 +125,7 @@ class Affine(Elementwise):
     def replay(
         self, y: Tensor, parameters: Tensor, inverse: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return reversible.undo(_stretch, _shrink, inverse, y, *self._scale_shift(parameters))
+        raise NotImplementedError
 
 
 def _stretch(x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class RationalQuadraticSpline(Elementwise):
         self, y: Tensor, parameters: Tensor, inverse: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         corners = self._bin(y, parameters, 0 if inverse else 1)
-        return reversible.undo(self._rise, self._fall, inverse, y, *corners)
+        raise NotImplementedError
 
     def _knots(self, parameters: Tensor) -> Tensor:
         """`knots` as one tensor ``(batch, 3, K + 1, *event)``, with logits in place of slopes."""

@@ -19,12 +19,14 @@ https://arxiv.org/abs/1908.09257.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.cache import while_unchanged
+from nflib.arguments import ArgumentError, Size, checked, integer, show
+from nflib.cache import is_traced, kept
 from nflib.core import (
     Bijection,
     ShapeError,
@@ -47,10 +49,9 @@ class Linear(Bijection):
         bias: whether to add a learned b, zero at first.
     """
 
-    def __init__(self, dim: int, bias: bool = True) -> None:
+    @checked
+    def __init__(self, dim: Size, bias: bool = True) -> None:
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise ShapeError(f"{type(self).__name__} expects a positive dim, got {dim!r}.")
         self.dim = dim
         self.event_shape = (dim,)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
@@ -72,14 +73,12 @@ class Linear(Bijection):
         raise TypeError(f"{type(self).__name__} does not define solve(rhs).")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         with full_precision(x):
             z = self.apply_weight(x)
             log_det = expand_log_det(self.log_abs_det(), x)
         return (z if self.bias is None else z + self.bias), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         with full_precision(z):
             x = self.solve(z if self.bias is None else z - self.bias)
             log_det = expand_log_det(-self.log_abs_det(), z)
@@ -103,15 +102,13 @@ class Dense(Linear):
         SingularMatrixError: if W has no inverse, at construction or in ``inverse``.
     """
 
-    def __init__(self, dim: int, bias: bool = True, weight: Tensor | None = None) -> None:
+    @checked
+    def __init__(self, dim: Size, bias: bool = True, weight: Tensor | None = None) -> None:
         super().__init__(dim, bias)
-        self.matrix = nn.Parameter(random_rotation(dim) if weight is None else weight.clone())
-        if self.matrix.shape != (dim, dim):
-            raise ShapeError(
-                f"Dense expects a matrix of shape {(dim, dim)}, got {tuple(self.matrix.shape)}."
-            )
         if weight is not None:
-            check_invertible(self.matrix, "Dense")
+            check_invertible(weight, dim, "Dense")
+        start = random_rotation(dim) if weight is None else weight.detach().clone()
+        self.matrix = nn.Parameter(start)
 
     def weight(self) -> Tensor:
         return self.matrix
@@ -130,7 +127,8 @@ class Diagonal(Linear):
     dimensions by importance (Dinh et al. 2014, https://arxiv.org/abs/1410.8516).
     """
 
-    def __init__(self, dim: int, bias: bool = True) -> None:
+    @checked
+    def __init__(self, dim: Size, bias: bool = True) -> None:
         super().__init__(dim, bias)
         self.log_scale = nn.Parameter(torch.zeros(dim))
 
@@ -161,8 +159,9 @@ class Triangular(Linear):
 
     position: Tensor
 
+    @checked
     def __init__(
-        self, dim: int, bias: bool = True, upper: bool = False, weight: Tensor | None = None
+        self, dim: Size, bias: bool = True, upper: bool = False, weight: Tensor | None = None
     ) -> None:
         super().__init__(dim, bias)
         self.upper = upper
@@ -182,7 +181,7 @@ class Triangular(Linear):
         self.rest = nn.Parameter(start[rows, columns])
         self.register_buffer("position", rows * dim + columns, persistent=False)
 
-    @while_unchanged
+    @kept
     def weight(self) -> Tensor:
         rest = place(self.rest, self.position, (self.dim, self.dim))
         return rest + torch.diag(self.log_scale.exp())
@@ -205,9 +204,10 @@ class BlockDiagonal(Linear):
         block: size c of a block; it must divide ``dim``.
     """
 
-    def __init__(self, dim: int, block: int, bias: bool = True) -> None:
+    @checked
+    def __init__(self, dim: Size, block: Size, bias: bool = True) -> None:
         super().__init__(dim, bias)
-        if block < 1 or dim % block:
+        if dim % block:
             raise ShapeError(f"BlockDiagonal expects a block size that divides {dim}, got {block}.")
         self.block = block
         blocks = [random_rotation(block) for _ in range(dim // block)]
@@ -249,15 +249,12 @@ class LU(Linear):
     inverse_order: Tensor
     sign: Tensor
 
-    def __init__(self, dim: int, bias: bool = True, weight: Tensor | None = None) -> None:
+    @checked
+    def __init__(self, dim: Size, bias: bool = True, weight: Tensor | None = None) -> None:
         super().__init__(dim, bias)
         if weight is not None:
-            check_invertible(weight, "LU")
+            check_invertible(weight, dim, "LU")
         start = random_rotation(dim) if weight is None else weight.detach()
-        if start.shape != (dim, dim):
-            raise ShapeError(
-                f"LU expects a matrix of shape {(dim, dim)}, got {tuple(start.shape)}."
-            )
         p, lower, upper = torch.linalg.lu(start)
         diagonal = upper.diagonal()
         # One matrix holds L below its diagonal, U above it and log|u_ii| on it: D^2 numbers, as W.
@@ -275,7 +272,7 @@ class LU(Linear):
         diagonal = torch.diag(self.sign * self.packed.diagonal().exp())
         return self.packed.tril(-1), self.packed.triu(1) + diagonal
 
-    @while_unchanged
+    @kept
     def weight(self) -> Tensor:
         lower, upper = self.factors()
         return (lower @ upper + upper).index_select(0, self.order)
@@ -303,33 +300,20 @@ class Permutation(Bijection):
     order: Tensor
     inverse_order: Tensor
 
-    def __init__(self, order: int | Tensor | list[int]) -> None:
+    def __init__(self, order: int | Tensor | Sequence[int]) -> None:
         super().__init__()
-        indices = torch.randperm(order) if isinstance(order, int) else torch.as_tensor(order)
-        if indices.ndim != 1 or not torch.equal(indices.sort().values, torch.arange(len(indices))):
-            raise ShapeError(
-                f"Permutation expects each of 0..{indices.numel() - 1} once, "
-                f"got {indices.tolist()}."
-            )
+        indices = permutation(order, "Permutation")
         self.dim = len(indices)
+        self.event_shape = (self.dim, ...)
         self.register_buffer("order", indices)
         self.register_buffer("inverse_order", indices.argsort(), persistent=False)
         self.register_load_state_dict_post_hook(refresh_inverse_order)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check_size(x, context)
         return x.index_select(1, self.order), zeros_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check_size(z, context)
         return z.index_select(1, self.inverse_order), zeros_log_det(z)
-
-    def _check_size(self, x: Tensor, context: Tensor | None) -> None:
-        self.check_input(x, context)
-        if x.ndim < 2 or x.shape[1] != self.dim:
-            raise ShapeError(
-                f"Permutation expects shape (batch, {self.dim}, ...), got {tuple(x.shape)}."
-            )
 
     def extra_repr(self) -> str:
         return f"{self.dim}"
@@ -347,11 +331,10 @@ class Householder(Linear):
         reflections: number M of reflections, by default ``dim``.
     """
 
-    def __init__(self, dim: int, reflections: int | None = None, bias: bool = True) -> None:
+    @checked
+    def __init__(self, dim: Size, reflections: Size | None = None, bias: bool = True) -> None:
         super().__init__(dim, bias)
         count = dim if reflections is None else reflections
-        if count < 1:
-            raise ShapeError(f"Householder expects at least one reflection, got {count}.")
         self.vectors = nn.Parameter(torch.randn(count, dim))
 
     def apply_weight(self, x: Tensor) -> Tensor:
@@ -410,15 +393,36 @@ def solve_matrix(matrix: Tensor, rhs: Tensor, name: str) -> Tensor:
     """``matrix^-1 rhs`` for (stacks of) square matrices; `SingularMatrixError` names the layer."""
     solution, info = torch.linalg.solve_ex(matrix, rhs)
     # A compiled graph cannot branch on values; there a singular matrix gives inf or NaN.
-    if not torch.compiler.is_compiling() and bool(info.any()):
+    if not is_traced() and bool(info.any()):
         raise SingularMatrixError(f"{name} expects an invertible matrix, got a singular one.")
     return solution
 
 
-def check_invertible(matrix: Tensor, name: str) -> None:
+def permutation(order: int | Tensor | Sequence[int], name: str) -> Tensor:
+    """The indices of a permutation: those given, or random ones of so many numbers."""
+    try:
+        if not isinstance(order, Tensor | Sequence) or isinstance(order, str):
+            size = integer(order)
+            return torch.randperm(size if size > 0 else -1)
+        indices = torch.as_tensor(order)
+        if indices.ndim == 1 and len(indices) and not indices.is_floating_point():
+            if torch.equal(indices.sort().values, torch.arange(len(indices))):
+                return indices
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ArgumentError(
+        f"{name} expects the order as each of 0..D-1 once, or as a number D of dimensions, "
+        f"got {show(order.tolist() if isinstance(order, Tensor) else order)}."
+    )
+
+
+def check_invertible(matrix: Tensor, dim: int, name: str) -> None:
     """Raise `SingularMatrixError` unless the square matrix can be inverted in its own precision."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ShapeError(f"{name} expects a square matrix, got shape {tuple(matrix.shape)}.")
+    if matrix.shape != (dim, dim) or not matrix.is_floating_point():
+        raise ShapeError(
+            f"{name} expects weight as a matrix of shape {(dim, dim)} of real numbers, "
+            f"got {matrix.dtype} of shape {tuple(matrix.shape)}."
+        )
     condition = torch.linalg.cond(matrix.detach()).item()
     if not math.isfinite(condition) or condition > 1 / torch.finfo(matrix.dtype).eps:
         raise SingularMatrixError(

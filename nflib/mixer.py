@@ -18,8 +18,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nflib.core import Bijection, EventShape, Shape, ShapeError, describe, fits, zeros_log_det
-from nflib.reversible import Replay
+from nflib.arguments import ArgumentError, EventSizes, ImageShape, Size, checked
+from nflib.core import (
+    Bijection,
+    EventShape,
+    Layer,
+    Shape,
+    ShapeError,
+    describe,
+    require_bijection,
+    zeros_log_det,
+)
+from nflib.core.shapes import NoCommonShape, meet
 
 
 class Patches(Bijection):
@@ -34,20 +44,21 @@ class Patches(Bijection):
         patch: height and width of a patch, or one number for both; each divides the image's.
     """
 
-    def __init__(self, shape: int | Shape, patch: int | tuple[int, int]) -> None:
+    @checked
+    def __init__(self, shape: EventSizes, patch: EventSizes) -> None:
         super().__init__()
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if len(shape) not in (1, 3) or min(shape) < 1:
+        assert isinstance(shape, tuple)  # which `checked` makes of it
+        assert isinstance(patch, tuple)
+        if len(shape) not in (1, 3) or len(patch) > 2:
             raise ShapeError(
                 f"{type(self).__name__} expects the shape (channels, height, width) of an image "
-                f"or the size of a vector, got {describe(shape)}."
+                "or the size of a vector, and a patch of at most two sides, "
+                f"got {describe(shape)} and {describe(patch)}."
             )
         self.event_shape: Shape = shape
         c, height, width = (1, 1, *shape) if len(shape) == 1 else shape
-        if isinstance(patch, int):
-            patch = (1, patch) if len(shape) == 1 else (patch, patch)
-        h, w = patch
-        if h < 1 or w < 1 or height % h or width % w:
+        h, w = patch if len(patch) == 2 else (1 if len(shape) == 1 else patch[0], patch[0])
+        if height % h or width % w:
             raise ShapeError(
                 f"{type(self).__name__} expects patches that tile the event of shape "
                 f"{describe(shape)}, got {h} x {w}."
@@ -56,19 +67,20 @@ class Patches(Bijection):
         self.grid, self.block = (height // h, width // w), (c, h, w)
         self.patches, self.channels = height // h * (width // w), c * h * w
 
-    def output_shape(self, shape: Shape) -> Shape:
+    def output_shape(self, shape: EventShape | None) -> EventShape | None:
         return self.patches, self.channels
 
+    def input_shape(self, shape: EventShape | None) -> EventShape | None:
+        return self.event_shape
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         (rows, columns), (c, h, w) = self.grid, self.block
-        tiles = x.reshape(len(x), c, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
-        return tiles.reshape(len(x), self.patches, self.channels), zeros_log_det(x)
+        tiles = x.reshape(x.shape[0], c, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
+        return tiles.reshape(x.shape[0], self.patches, self.channels), zeros_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_matrix(self, z, (self.patches, self.channels))
         tiles = z.unflatten(2, self.block).unflatten(1, self.grid).permute(0, 3, 1, 4, 2, 5)
-        return tiles.reshape(len(z), *self.event_shape), zeros_log_det(z)
+        return tiles.reshape(z.shape[0], *self.event_shape), zeros_log_det(z)
 
     def extra_repr(self) -> str:
         return f"{self.patches} patches x {self.channels} channels"
@@ -84,12 +96,8 @@ class Bands(Patches):
         rows: height of a band; it divides the image's.
     """
 
-    def __init__(self, shape: Shape, rows: int) -> None:
-        if isinstance(shape, int) or len(shape) != 3 or not isinstance(rows, int):
-            raise ShapeError(
-                "Bands expects the shape (channels, height, width) of an image and a number of "
-                f"rows, got {shape!r} and {rows!r}."
-            )
+    @checked
+    def __init__(self, shape: ImageShape, rows: Size) -> None:
         super().__init__(shape, (rows, shape[2]))
 
 
@@ -105,24 +113,19 @@ class Shift(Bijection):
 
     def __init__(self, *steps: int) -> None:
         super().__init__()
-        if not steps:
-            raise ShapeError("Shift expects how far to move each of the last dims, got nothing.")
+        if not steps or any(not isinstance(step, int) or isinstance(step, bool) for step in steps):
+            raise ArgumentError(
+                "Shift expects whole numbers, how far to move each of the last dims, "
+                f"got {steps or 'nothing'}."
+            )
         self.steps = steps
         self.dims = tuple(range(-len(steps), 0))
-
-    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
-        super().check_input(x, context)
-        if x.ndim <= len(self.steps):
-            raise ShapeError(
-                f"Shift expects an event of at least {len(self.steps)} dims, got {tuple(x.shape)}."
-            )
+        self.event_shape = (..., *[None] * len(steps))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         return torch.roll(x, self.steps, self.dims), zeros_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         return torch.roll(z, tuple(-s for s in self.steps), self.dims), zeros_log_det(z)
 
     def extra_repr(self) -> str:
@@ -144,65 +147,52 @@ class AlongChannels(Bijection):
 
     transposed = False
 
-    def __init__(self, bijection: Bijection) -> None:
+    def __init__(self, bijection: Layer) -> None:
         super().__init__()
-        self.bijection = bijection
-        size: EventShape = bijection.event_shape or (None,)
-        if len(size) != 1:
+        self.bijection = require_bijection(type(self).__name__, bijection)
+        try:
+            size = meet(bijection.event_shape, (None,))
+            meet(bijection.latent_shape, size)
+        except NoCommonShape:
             raise ShapeError(
-                f"{type(self).__name__} expects a bijection of vectors, "
-                f"got one of events {describe(size)}."
-            )
+                f"{type(self).__name__} expects a bijection from vectors to vectors of one size, "
+                f"got one of events {describe(bijection.event_shape)}."
+            ) from None
+        assert size is not None  # for one of the two was given
         self.event_shape = (*size, None) if self.transposed else (None, *size)
+        self.context_shape = bijection.context_shape
+        self.exact_inverse = bijection.exact_inverse
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
-        return self._gather(x, *self.bijection(*self._rows(x, context)))
+        return self.gather(x, *self.bijection(*self.rows(x, context)))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
-        return self._gather(z, *self.bijection.inverse(*self._rows(z, context)))
-
-    def parts(self) -> list[Bijection]:
-        # Kept, and not as modules of this one: their parameters are those of the bijection.
-        if "_parts" not in self.__dict__:
-            inner = self.bijection.parts()
-            self.__dict__["_parts"] = [type(self)(p) for p in inner] if len(inner) > 1 else None
-        return self.__dict__["_parts"] or [self]
-
-    def replay(self, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
-        again = self.bijection.replay(*self._rows(y, context), inverse)
-        x = self._matrix(y, again.x)
-        outputs = self._gather(y, *again.outputs)
-
-        def join(*gradients: Tensor) -> Tensor:
-            return self._matrix(y, again.join(*gradients))
-
-        return Replay(x, outputs, again.leaves, join)
+        return self.gather(z, *self.bijection.inverse(*self.rows(z, context)))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        self.check_input(x, context)
-        self.bijection.initialize(*self._rows(x, context))
+        self.bijection.initialize(*self.rows(x, context))
 
-    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
-        super().check_input(x, context)
-        check_matrix(self, x, (None, None))
+    @torch.no_grad()
+    def initialize_inverse(self, z: Tensor, context: Tensor | None = None) -> None:
+        self.check_input(z, context, inverse=True)
+        self.bijection.initialize_inverse(*self.rows(z, context))
 
-    def _rows(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def rows(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Every row (or column) of the matrices as an event of its own, with its context."""
         rows = x.transpose(1, 2) if self.transposed else x
-        if context is not None:
+        if context is not None and self.context_shape is not None:
             context = context.repeat_interleave(rows.shape[1], 0)
         return rows.reshape(-1, rows.shape[2]), context
 
-    def _gather(self, x: Tensor, rows: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, x: Tensor, rows: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The matrices of these rows (or columns), shaped as x, and one log-det for each."""
-        return self._matrix(x, rows), log_det.unflatten(0, (len(x), self._count(x))).sum(1)
+        log_det = log_det.unflatten(0, (x.shape[0], self._count(x))).sum(1)
+        return self.matrix(x, rows), log_det
 
-    def _matrix(self, x: Tensor, rows: Tensor) -> Tensor:
-        z = rows.unflatten(0, (len(x), self._count(x)))
-        return z.transpose(1, 2) if self.transposed else z
+    def matrix(self, x: Tensor, rows: Tensor) -> Tensor:
+        z = rows.unflatten(0, (x.shape[0], self._count(x)))
+        return z.transpose(1, 2).contiguous() if self.transposed else z
 
     def _count(self, x: Tensor) -> int:
         """How many rows (or columns) of a matrix share the bijection."""
@@ -222,14 +212,3 @@ class AlongPatches(AlongChannels):
     """
 
     transposed = True
-
-
-def check_matrix(layer: Bijection, x: Tensor, shape: EventShape) -> None:
-    """Raise `ShapeError` unless x is a batch of matrices of this shape, ``None`` for any size."""
-    if not fits(x.shape[1:], shape):
-        patches, channels = shape
-        expected = ("batch", patches or "patches", channels or "channels")
-        raise ShapeError(
-            f"{type(layer).__name__} expects matrices of shape {describe(expected)}, "
-            f"got {tuple(x.shape)}."
-        )

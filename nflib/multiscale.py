@@ -5,10 +5,26 @@ Dinh et al. 2016 (RealNVP), section 3.6, https://arxiv.org/abs/1605.08803.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from nflib.core import Bijection, Shape, ShapeError, describe, zeros_log_det
+from nflib.arguments import ImageShape, Size, checked
+from nflib.core import (
+    Bijection,
+    EventShape,
+    Layer,
+    Shape,
+    ShapeError,
+    describe,
+    fits,
+    is_known,
+    require_bijection,
+    zeros_log_det,
+)
+from nflib.core.compose import common_context
 
 
 class Squeeze(Bijection):
@@ -23,38 +39,44 @@ class Squeeze(Bijection):
 
     event_shape = (None, None, None)
 
-    def __init__(self, factor: int = 2) -> None:
+    @checked
+    def __init__(self, factor: Size = 2) -> None:
         super().__init__()
-        if factor < 1:
-            raise ShapeError(f"Squeeze expects a positive factor, got {factor}.")
         self.factor = factor
 
-    def output_shape(self, shape: Shape) -> Shape:
+    def output_shape(self, shape: EventShape | None) -> EventShape | None:
         f = self.factor
-        if len(shape) != 3 or shape[1] % f or shape[2] % f:
+        if shape is None or ... in shape:
+            return self.event_shape
+        if len(shape) != 3 or (shape[1] or 0) % f or (shape[2] or 0) % f:
             raise ShapeError(
                 f"Squeeze expects images whose height and width are multiples of {f}, "
                 f"got {describe(shape)}."
             )
-        return shape[0] * f * f, shape[1] // f, shape[2] // f
+        c, height, width = shape
+        return c and c * f * f, height and height // f, width and width // f
+
+    def input_shape(self, shape: EventShape | None) -> EventShape | None:
+        f = self.factor
+        if shape is None or ... in shape:
+            return self.event_shape
+        if len(shape) != 3 or (shape[0] or 0) % f**2:
+            raise ShapeError(
+                f"Squeeze.inverse expects a multiple of {f**2} channels, got {describe(shape)}."
+            )
+        c, height, width = shape
+        return c and c // f**2, height and height * f, width and width * f
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
-        f, (c, height, width) = self.factor, self.output_shape(tuple(x.shape[1:]))
+        f, (batch, c, height, width) = self.factor, x.shape
         # Not torch's pixel_unshuffle, which loses the shape of an empty batch.
-        squares = x.reshape(len(x), c // f**2, height, f, width, f).permute(0, 1, 3, 5, 2, 4)
-        return squares.reshape(len(x), c, height, width), zeros_log_det(x)
+        squares = x.reshape(batch, c, height // f, f, width // f, f).permute(0, 1, 3, 5, 2, 4)
+        return squares.reshape(batch, c * f**2, height // f, width // f), zeros_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
-        if z.shape[1] % self.factor**2:
-            raise ShapeError(
-                f"Squeeze.inverse expects a multiple of {self.factor**2} channels, "
-                f"got shape {tuple(z.shape)}."
-            )
-        f, (c, height, width) = self.factor, z.shape[1:]
-        squares = z.reshape(len(z), c // f**2, f, f, height, width).permute(0, 1, 4, 2, 5, 3)
-        return squares.reshape(len(z), c // f**2, height * f, width * f), zeros_log_det(z)
+        f, (batch, c, height, width) = self.factor, z.shape
+        squares = z.reshape(batch, c // f**2, f, f, height, width).permute(0, 1, 4, 2, 5, 3)
+        return squares.reshape(batch, c // f**2, height * f, width * f), zeros_log_det(z)
 
     def extra_repr(self) -> str:
         return f"{self.factor}"
@@ -77,20 +99,20 @@ class MultiScale(Bijection):
         levels: bijections f_1 to f_L on images, e.g. `Compose` of a `Squeeze` and flow steps.
     """
 
-    def __init__(self, shape: Shape, *levels: Bijection) -> None:
+    @checked
+    def __init__(self, shape: ImageShape, *levels: Layer) -> None:
         super().__init__()
-        if len(shape) != 3 or not levels:
-            raise ShapeError(
-                "MultiScale expects a shape (channels, height, width) and at least one level, "
-                f"got {describe(tuple(shape))} and {len(levels)} levels."
-            )
-        self.event_shape = tuple(shape)
-        self.levels = nn.ModuleList(levels)
+        if not levels:
+            raise ShapeError("MultiScale expects at least one level, got none.")
+        self.levels = nn.ModuleList(require_bijection("MultiScale", level) for level in levels)
+        self.event_shape = shape
+        self.context_shape = common_context("MultiScale", levels)
+        self.exact_inverse = all(level.exact_inverse for level in levels)
         # The shapes that the levels put out: the way back needs them.
         self.shapes: list[Shape] = []
-        here: Shape = tuple(shape)
+        here: Shape = shape
         for number, level in enumerate(levels, 1):
-            here = level.output_shape(here)
+            here = self._through(number, level, here)
             self.shapes.append(here)
             if number < len(levels):
                 if here[0] % 2:
@@ -103,11 +125,23 @@ class MultiScale(Bijection):
         # How many latents each level hands over.
         self.sizes = [size // 2 for size in early] + [last]
 
-    def output_shape(self, shape: Shape) -> Shape:
+    def _through(self, number: int, level: Layer, shape: Shape) -> Shape:
+        """The shape of the image behind a level."""
+        out = level.output_shape(shape) if fits(shape, level.event_shape) else None
+        if out is None or not is_known(out) or len(out) != 3:
+            raise ShapeError(
+                f"MultiScale expects levels that take images to images, got one of "
+                f"{describe(level.event_shape)} as level {number}, where {describe(shape)} arrives."
+            )
+        return out
+
+    def output_shape(self, shape: EventShape | None) -> EventShape | None:
         return (sum(self.sizes),)
 
+    def input_shape(self, shape: EventShape | None) -> EventShape | None:
+        return self.event_shape
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         log_det, latents = zeros_log_det(x), []
         for number, level in enumerate(self.levels, 1):
             x, term = level(x, context)
@@ -118,21 +152,22 @@ class MultiScale(Bijection):
         return torch.cat([*latents, x.flatten(1)], 1), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if z.ndim != 2 or z.shape[1] != sum(self.sizes):
-            raise ShapeError(
-                f"MultiScale.inverse expects shape (batch, {sum(self.sizes)}), "
-                f"got {tuple(z.shape)}."
-            )
+        return self._back(z, context, lambda level, x: None)
+
+    def _back(
+        self, z: Tensor, context: Tensor | None, visit: Callable[[Layer, Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse, which shows each level what arrives at it."""
         log_det = zeros_log_det(z)
         *early, last = z.split(self.sizes, 1)
         x = last.unflatten(1, self.shapes[-1])
-        latents: list[Tensor | None] = [*early, None]
-        for level, shape, out in reversed(
-            list(zip(self.levels, self.shapes, latents, strict=True))
-        ):
-            if out is not None:
-                x = torch.cat([x, out.unflatten(1, (shape[0] // 2, *shape[1:]))], 1)
-            x, term = level.inverse(x, context)  # type: ignore[operator]
+        for number in reversed(range(len(self.levels))):
+            if number < len(early):
+                c, *sides = self.shapes[number]
+                x = torch.cat([x, early[number].unflatten(1, (c // 2, *sides))], 1)
+            level: Any = self.levels[number]
+            visit(level, x)
+            x, term = level.inverse(x, context)
             log_det = log_det + term
         return x, log_det
 
@@ -141,3 +176,7 @@ class MultiScale(Bijection):
         for level, shape in zip(self.levels, self.shapes, strict=True):
             level.initialize(x, context)  # type: ignore[operator]
             x = level(x, context)[0][:, : shape[0] // 2]
+
+    @torch.no_grad()
+    def initialize_inverse(self, z: Tensor, context: Tensor | None = None) -> None:
+        self._back(z, context, lambda level, x: level.initialize_inverse(x, context))

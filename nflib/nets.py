@@ -11,16 +11,27 @@ Dropout acts while a model trains. Each call then draws another network, so ``in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm as with_weight_norm
 
+from nflib.arguments import (
+    ArgumentError,
+    ContextShape,
+    Count,
+    Share,
+    Sides,
+    Size,
+    Widths,
+    checked,
+)
 from nflib.core import EventShape, ShapeError, describe
 
-Context = int | EventShape | None
+# A class of torch.nn, or a function that makes an activation.
+Activation = Callable[[], nn.Module]
 
 
 class MLP(nn.Module):
@@ -29,31 +40,32 @@ class MLP(nn.Module):
     Args:
         inputs, outputs: numbers a row.
         hidden: widths of the hidden layers.
-        context: size of a context vector, which is appended to the input.
+        context_shape: size of a context vector, which is appended to the input.
         dropout: share of hidden units that are dropped in training.
         activation: between the layers.
         weight_norm: learn direction and length of each unit's weights separately (Salimans and
             Kingma 2016, https://arxiv.org/abs/1602.07868).
     """
 
+    @checked
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
-        hidden: Sequence[int] = (128, 128),
-        context: Context = None,
-        dropout: float = 0.0,
-        activation: type[nn.Module] = nn.ReLU,
+        inputs: Size,
+        outputs: Size,
+        hidden: Widths = (128, 128),
+        context_shape: ContextShape = None,
+        dropout: Share = 0.0,
+        activation: Activation = nn.ReLU,
         weight_norm: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.inputs = "MLP", inputs
-        self.context_shape = vector_context(context, self.name)
-        sizes = [inputs + (self.context_shape[0] if self.context_shape else 0), *hidden]
+        self.context_shape = vector_context(context_shape, self.name)
+        sizes = [inputs + (self.context_shape[0] if self.context_shape else 0), *widths(hidden)]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
-            linear = nn.Linear(before, after)
-            layers += [with_weight_norm(linear) if weight_norm else linear, in_place(activation)]
+        for before, after in pairwise(sizes):
+            linear = NormedLinear if weight_norm else nn.Linear
+            layers += [linear(before, after), in_place(activation)]
             layers += [nn.Dropout(dropout)] if dropout else []
         self.layers = nn.Sequential(*layers, zero_init(nn.Linear(sizes[-1], outputs)))
 
@@ -70,22 +82,23 @@ class ResidualMLP(nn.Module):
     Args:
         inputs, outputs: numbers a row.
         hidden: one block for each entry, all of the same width.
-        context, dropout, activation: as in `MLP`.
+        context_shape, dropout, activation: as in `MLP`.
     """
 
+    @checked
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
-        hidden: Sequence[int] = (128, 128),
-        context: Context = None,
-        dropout: float = 0.0,
-        activation: type[nn.Module] = nn.ReLU,
+        inputs: Size,
+        outputs: Size,
+        hidden: Widths = (128, 128),
+        context_shape: ContextShape = None,
+        dropout: Share = 0.0,
+        activation: Activation = nn.ReLU,
     ) -> None:
         super().__init__()
         width = equal_widths(hidden, "ResidualMLP")
         self.name, self.inputs = "ResidualMLP", inputs
-        self.context_shape = vector_context(context, self.name)
+        self.context_shape = vector_context(context_shape, self.name)
         self.first = nn.Linear(inputs + (self.context_shape[0] if self.context_shape else 0), width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -95,7 +108,7 @@ class ResidualMLP(nn.Module):
                 nn.Dropout(dropout),
                 nn.Linear(width, width),
             )
-            for _ in hidden
+            for _ in widths(hidden)
         )
         self.last = nn.Sequential(activation(), zero_init(nn.Linear(width, outputs)))
 
@@ -117,21 +130,20 @@ class _ImageInput(nn.Module):
         name: str,
         inputs: int,
         width: int,
-        context: Context,
+        shape: EventShape | None,
         weight_norm: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.inputs = name, inputs
-        shape: EventShape | None = (context,) if isinstance(context, int) else context
-        if shape is not None and (len(shape) not in (1, 3) or not shape[0]):
-            raise ShapeError(
-                f"{name} expects a context of shape (K,) or (K, H, W), got {tuple(shape)}."
+        if shape is not None and len(shape) not in (1, 3):
+            raise ArgumentError(
+                f"{name} expects context_shape to be K or (K, height, width), got {tuple(shape)}."
             )
         self.context_shape = shape
         self.is_image = shape is not None and len(shape) == 3
         size = (shape[0] if shape else 0) or 0
-        conv = nn.Conv2d(inputs + (size if self.is_image else 0), width, 3, padding=1)
-        self.conv = with_weight_norm(conv) if weight_norm else conv
+        conv = NormedConv2d if weight_norm else nn.Conv2d
+        self.conv = conv(inputs + (size if self.is_image else 0), width, 3, padding=1)
         self.shift = nn.Linear(size, width) if shape is not None and not self.is_image else None
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -142,35 +154,35 @@ class _ImageInput(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Three convolutions, 3x3 - 1x1 - 3x3, with ReLU between: ``(batch, inputs, H, W)``.
+    """Convolutions, 3x3 - 1x1 - 3x3, with ReLU between: ``(batch, inputs, H, W)``.
 
     The conditioner of Glow (Kingma and Dhariwal 2018, https://arxiv.org/abs/1807.03039).
 
     Args:
         inputs, outputs: channels.
-        hidden: channels in between.
-        context: size of a context vector, or shape ``(K, H, W)`` of an image of context.
+        hidden: channels in between; each width after the first adds a 1x1 convolution.
+        context_shape: size of a context vector, or shape ``(K, H, W)`` of an image of context.
         dropout: share of hidden values that are dropped in training.
     """
 
+    @checked
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
-        hidden: int = 128,
-        context: Context = None,
-        dropout: float = 0.0,
+        inputs: Size,
+        outputs: Size,
+        hidden: Widths = 128,
+        context_shape: ContextShape = None,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__()
-        self.first = _ImageInput("ConvNet", inputs, hidden, context)
+        channels = widths(hidden)
+        self.first = _ImageInput("ConvNet", inputs, channels[0], shape_of(context_shape))
         self.context_shape = self.first.context_shape
-        self.rest = nn.Sequential(
-            in_place(nn.ReLU),
-            nn.Conv2d(hidden, hidden, 1),
-            in_place(nn.ReLU),
-            nn.Dropout(dropout),
-            zero_init(nn.Conv2d(hidden, outputs, 3, padding=1)),
-        )
+        layers: list[nn.Module] = [in_place(nn.ReLU)]
+        for before, after in pairwise(channels):
+            layers += [nn.Conv2d(before, after, 1), in_place(nn.ReLU)]
+        last = zero_init(nn.Conv2d(channels[-1], outputs, 3, padding=1))
+        self.rest = nn.Sequential(*layers, nn.Dropout(dropout), last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.rest(self.first(x, context))
@@ -185,30 +197,33 @@ class ResidualConvNet(nn.Module):
     Args:
         inputs, outputs: channels.
         hidden: one block for each entry, all of the same number of channels.
-        context, dropout: as in `ConvNet`.
+        context_shape, dropout: as in `ConvNet`.
         weight_norm: as in `MLP`.
     """
 
+    @checked
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
-        hidden: Sequence[int] = (64, 64),
-        context: Context = None,
-        dropout: float = 0.0,
+        inputs: Size,
+        outputs: Size,
+        hidden: Widths = (64, 64),
+        context_shape: ContextShape = None,
+        dropout: Share = 0.0,
         weight_norm: bool = True,
     ) -> None:
         super().__init__()
         width = equal_widths(hidden, "ResidualConvNet")
-        self.first = _ImageInput("ResidualConvNet", inputs, width, context, weight_norm)
+        shape = shape_of(context_shape)
+        self.first = _ImageInput("ResidualConvNet", inputs, width, shape, weight_norm)
         self.context_shape = self.first.context_shape
 
         def conv() -> nn.Module:
-            layer = nn.Conv2d(width, width, 3, padding=1)
-            return with_weight_norm(layer) if weight_norm else layer
+            kind = NormedConv2d if weight_norm else nn.Conv2d
+            return kind(width, width, 3, padding=1)
 
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), conv(), nn.ReLU(), nn.Dropout(dropout), conv()) for _ in hidden
+            nn.Sequential(nn.ReLU(), conv(), nn.ReLU(), nn.Dropout(dropout), conv())
+            for _ in widths(hidden)
         )
         self.last = nn.Sequential(nn.ReLU(), zero_init(nn.Conv2d(width, outputs, 1)))
 
@@ -230,38 +245,41 @@ class GatedConvNet(nn.Module):
 
     Args:
         inputs, outputs: channels.
-        hidden: channels in between, a multiple of ``heads``.
+        hidden: channels in between, a multiple of ``heads``; of a sequence all are equal, and each
+            entry is a block.
         blocks: number of blocks.
         heads: of the attention; 0 leaves the attention out.
         size: height and width, if the attention shall know where a pixel is.
-        context, dropout: as in `ConvNet`.
+        context_shape, dropout: as in `ConvNet`.
     """
 
+    @checked
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
-        hidden: int = 64,
-        blocks: int = 2,
-        heads: int = 4,
-        size: tuple[int, int] | None = None,
-        context: Context = None,
-        dropout: float = 0.0,
+        inputs: Size,
+        outputs: Size,
+        hidden: Widths = 64,
+        blocks: Size | None = None,
+        heads: Count = 4,
+        size: Sides | None = None,
+        context_shape: ContextShape = None,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__()
-        if heads and hidden % heads:
-            raise ShapeError(
-                f"GatedConvNet expects hidden to be a multiple of heads, got {hidden} and {heads}."
+        width = equal_widths(hidden, "GatedConvNet")
+        if heads and width % heads:
+            raise ArgumentError(
+                f"GatedConvNet expects hidden to be a multiple of heads, got {width} and {heads}."
             )
-        self.first = _ImageInput("GatedConvNet", inputs, hidden, context)
+        self.first = _ImageInput("GatedConvNet", inputs, width, shape_of(context_shape))
         self.context_shape = self.first.context_shape
         layers: list[nn.Module] = []
-        for _ in range(blocks):
-            layers.append(GatedConv(hidden, dropout))
+        for _ in range(blocks or len(widths(hidden))):
+            layers.append(GatedConv(width, dropout))
             if heads:
-                layers.append(GatedAttention(hidden, heads, size))
+                layers.append(GatedAttention(width, heads, size))
         self.blocks = nn.Sequential(*layers)
-        self.last = zero_init(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.last = zero_init(nn.Conv2d(width, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.last(self.blocks(self.first(x, context)))
@@ -270,7 +288,8 @@ class GatedConvNet(nn.Module):
 class GatedConv(nn.Module):
     """``norm(h + a * sigmoid(b))``, a and b from two 3x3 convolutions of h."""
 
-    def __init__(self, width: int, dropout: float = 0.0) -> None:
+    @checked
+    def __init__(self, width: Size, dropout: Share = 0.0) -> None:
         super().__init__()
         self.inner = nn.Conv2d(2 * width, width, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
@@ -285,10 +304,16 @@ class GatedConv(nn.Module):
 class GatedAttention(nn.Module):
     """``norm(h + a * sigmoid(b))``, a and b from self-attention between all pixels."""
 
-    def __init__(self, width: int, heads: int, size: tuple[int, int] | None = None) -> None:
+    @checked
+    def __init__(self, width: Size, heads: Size, size: Sides | None = None) -> None:
         super().__init__()
+        if width % heads:
+            raise ArgumentError(
+                f"GatedAttention expects width to be a multiple of heads, got {width} and {heads}."
+            )
         self.heads = heads
-        self.position = nn.Parameter(0.01 * torch.randn(1, width, *size)) if size else None
+        sides = () if size is None else widths(size)
+        self.position = nn.Parameter(0.01 * torch.randn(1, width, *sides)) if sides else None
         self.query_key_value = nn.Conv2d(width, 3 * width, 1)
         self.outer = nn.Conv2d(width, 2 * width, 1)
         self.norm = nn.GroupNorm(1, width)
@@ -301,6 +326,43 @@ class GatedAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = mixed.transpose(2, 3).flatten(1, 2).unflatten(2, h.shape[2:])
         return self.norm(h + F.glu(self.outer(mixed), 1))
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer of which direction and length of each unit's weights are learned apart.
+
+    Not torch's parametrization, of which no model can be pickled.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        _take_weight_apart(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, normed_weight(self), self.bias)
+
+
+class NormedConv2d(nn.Conv2d):
+    """The same for a convolution: one length for each output channel."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, padding: int = 0) -> None:
+        super().__init__(inputs, outputs, kernel, padding=padding)
+        _take_weight_apart(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, normed_weight(self), self.bias)
+
+
+def _take_weight_apart(layer: nn.Linear | nn.Conv2d) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.length = nn.Parameter(torch.norm_except_dim(weight))
+    layer.direction = nn.Parameter(weight)
+
+
+def normed_weight(layer: nn.Module) -> Tensor:
+    """``W = g v / |v|``, |v| over the inputs of each output."""
+    return torch._weight_norm(layer.direction, layer.length)  # type: ignore[arg-type]
 
 
 # Networks that take a context in at their first layer, and say their name when it does not fit.
@@ -330,7 +392,7 @@ def _context(net: _First, context: Tensor | None) -> Tensor:
     return context
 
 
-def in_place(activation: type[nn.Module]) -> nn.Module:
+def in_place(activation: Activation) -> nn.Module:
     """An activation right behind a linear layer, which needs its own output no more."""
     return nn.ReLU(inplace=True) if activation is nn.ReLU else activation()
 
@@ -348,19 +410,29 @@ def zero_init(layer: nn.Linear | nn.Conv2d) -> nn.Module:
     return layer
 
 
-def vector_context(context: Context, name: str) -> tuple[int] | None:
+def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
+    """What `Widths` stands for: of one number two hidden layers."""
+    return (hidden, hidden) if isinstance(hidden, int) else tuple(hidden)
+
+
+def shape_of(context_shape: int | EventShape | None) -> EventShape | None:
+    """The shape of one row of context, of its size or its shape."""
+    return (context_shape,) if isinstance(context_shape, int) else context_shape
+
+
+def vector_context(context_shape: int | EventShape | None, name: str) -> tuple[int] | None:
     """The shape of a context vector, from its size or its shape."""
-    if context is None:
-        return None
-    shape = (context,) if isinstance(context, int) else tuple(context)
-    if len(shape) != 1 or not isinstance(shape[0], int) or shape[0] < 1:
-        raise ShapeError(f"{name} expects a context vector of positive size, got {context!r}.")
-    return (shape[0],)
+    shape = shape_of(context_shape)
+    if shape is not None and len(shape) != 1:
+        raise ArgumentError(
+            f"{name} expects context_shape to be the size of a vector, got {shape}."
+        )
+    return shape  # type: ignore[return-value]
 
 
-def equal_widths(hidden: Sequence[int], name: str) -> int:
+def equal_widths(hidden: int | Sequence[int], name: str) -> int:
     """The common width of the hidden layers of a residual network."""
-    widths = set(hidden)
-    if len(widths) != 1:
-        raise ShapeError(f"{name} expects hidden layers of one width, got {tuple(hidden)}.")
-    return widths.pop()
+    found = set(widths(hidden))
+    if len(found) != 1:
+        raise ArgumentError(f"{name} expects hidden layers of one width, got {widths(hidden)}.")
+    return found.pop()

@@ -8,28 +8,23 @@ channel, over all of its H W pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from nflib.core import Bijection, ShapeError, expand_log_det
+from nflib.arguments import ArgumentError, Positive, Size, checked
+from nflib.core import Bijection, expand_log_det
 
 
 class PerDimension(Bijection):
     """What the two layers share: one scale and shift for each entry of the first event dim."""
 
-    def __init__(self, dim: int) -> None:
+    @checked
+    def __init__(self, dim: Size) -> None:
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise ShapeError(f"{type(self).__name__} expects a positive dim, got {dim!r}.")
         self.dim = dim
-
-    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
-        super().check_input(x, context)
-        if x.ndim < 2 or x.shape[1] != self.dim:
-            raise ShapeError(
-                f"{type(self).__name__} expects shape (batch, {self.dim}, ...), "
-                f"got {tuple(x.shape)}."
-            )
+        self.event_shape = (dim, ...)
 
     def _column(self, values: Tensor, x: Tensor) -> Tensor:
         """Values of the dimensions in a shape that broadcasts with x."""
@@ -48,37 +43,53 @@ class ActNorm(PerDimension):
 
     `initialize`, which `nflib.train.fit` calls, sets b and s so that a first batch comes out with
     mean 0 and standard deviation 1 (a dimension without spread, as in a batch of one, keeps its
-    scale). It acts once: a layer that was initialised, trained by `fit` or loaded stays as it is.
+    scale). It acts once: whether it has is part of the layer's state. Inside `Inverse` it is what
+    ``inverse`` returns that gets mean 0 and standard deviation 1.
     Cost: O(D) each way. Kingma and Dhariwal 2018 (Glow), https://arxiv.org/abs/1807.03039.
 
     Args:
         dim: numbers in a vector, or channels of an image.
     """
 
-    def __init__(self, dim: int) -> None:
+    initialized: Tensor
+
+    @checked
+    def __init__(self, dim: Size) -> None:
         super().__init__(dim)
         self.bias = nn.Parameter(torch.zeros(dim))
         self.log_scale = nn.Parameter(torch.zeros(dim))
-        self.initialized = False
-        self.register_load_state_dict_post_hook(_mark_initialized)
+        self.register_buffer("initialized", torch.tensor(False))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.check_input(x, context)
-        if self.initialized or len(x) == 0:
-            return
-        self.initialized = True
-        mean, variance = moments(x)
-        self.bias.copy_(-mean)
-        self.log_scale.copy_(torch.where(variance > 1e-12, -0.5 * variance.log(), 0.0))
+        if len(x) and not bool(self.initialized):
+            mean, log_spread = centre_and_spread(x)
+            self._start(-mean, -log_spread)
+
+    @torch.no_grad()
+    def initialize_inverse(self, z: Tensor, context: Tensor | None = None) -> None:
+        self.check_input(z, context, inverse=True)
+        if len(z) and not bool(self.initialized):
+            mean, log_spread = centre_and_spread(z)
+            self._start(mean * (-log_spread).exp(), log_spread)
+
+    def _start(self, bias: Tensor, log_scale: Tensor) -> None:
+        self.bias.copy_(bias)
+        self.log_scale.copy_(log_scale)
+        self.initialized.fill_(True)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # Files from before the flag was stored hold weights that were trained.
+        if f"{prefix}log_scale" in state:
+            state.setdefault(f"{prefix}initialized", torch.tensor(True))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         z = (x + self._column(self.bias, x)) * self._column(self.log_scale.exp(), x)
         return z, self._log_det(self.log_scale, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         x = z * self._column((-self.log_scale).exp(), z) - self._column(self.bias, z)
         return x, self._log_det(-self.log_scale, z)
 
@@ -111,13 +122,11 @@ class BatchNorm(PerDimension):
     batch_mean: Tensor
     batch_variance: Tensor
 
-    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+    @checked
+    def __init__(self, dim: Size, momentum: Positive = 0.1, eps: Positive = 1e-5) -> None:
         super().__init__(dim)
-        if not 0 < momentum <= 1 or not eps > 0:
-            raise ValueError(
-                "BatchNorm expects a momentum in (0, 1] and a positive eps, "
-                f"got momentum={momentum}, eps={eps}."
-            )
+        if momentum > 1:
+            raise ArgumentError(f"BatchNorm expects a momentum of at most 1, got {momentum}.")
         self.momentum, self.eps = momentum, eps
         self.log_gain = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
@@ -136,7 +145,6 @@ class BatchNorm(PerDimension):
         return self.running_mean / seen, self.running_variance / seen + fresh
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
         count = x.numel() // self.dim
         if self.training and count > 1:
             mean, variance = moments(x)
@@ -157,7 +165,6 @@ class BatchNorm(PerDimension):
         return z + self._column(self.bias, x), self._log_det(log_scale, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         if self.training:
             # Copies, for the next forward overwrites them while gradients may still be asked for.
             mean, variance = self.batch_mean.clone(), self.batch_variance.clone()
@@ -168,9 +175,13 @@ class BatchNorm(PerDimension):
         return x + self._column(mean, z), self._log_det(log_scale, z)
 
 
-def _mark_initialized(layer: nn.Module, _: object) -> None:
-    """After a load: the parameters are somebody's, not the constructor's."""
-    layer.initialized = True  # type: ignore[assignment]
+def centre_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log standard deviation of each entry of the first event dim, each ``(dim,)``.
+
+    A dimension without spread counts as one of spread 1.
+    """
+    mean, variance = moments(x)
+    return mean, torch.where(variance > 1e-12, 0.5 * variance.log(), 0.0)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

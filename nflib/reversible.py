@@ -6,26 +6,70 @@ layer's graph, and its gradient is the output gradient of the layer before. Only
 is alive at a time, so that the memory does not grow with the number of layers; the price is about
 one more pass through each conditioner. Double back-propagation is not possible.
 
-    flow = Flow(Compose(*layers, memory="reversible"), base)      layers of one's own
-    reversible.turn_on(models.glow(...))                          a model that stands already
+    flow = Flow(Reversible(*layers), base)      layers of one's own
+    reversible.turn_on(models.glow(...))        a model that stands already
 
 Gomez et al. 2017 (the reversible residual network), https://arxiv.org/abs/1707.04585.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from nflib.core import Bijection
+from nflib.core import Compose, Inverse, Layer, in_turn, sum_log_det
+from nflib.coupling import Coupling
+from nflib.mixer import AlongChannels
+from nflib.multiscale import MultiScale
 
 
 class NotReversibleError(ValueError):
     """A layer whose inverse does not give back its input to rounding; the message names it."""
+
+
+class Reversible(Compose):
+    """A `Compose` that keeps no activations for the backward pass but rebuilds them.
+
+    Gradients are the same up to rounding, and so are the parameters' names. Dequantization and
+    other stochastic layers at its beginning, which nothing can undo, run as they always do.
+
+    Args:
+        layers: as of `Compose`.
+
+    Raises: NotReversibleError if a layer's inverse is not exact.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        super().__init__(*layers)
+        steps = parts(self)
+        count = next((k for k, layer in enumerate(steps) if layer.bijective), len(steps))
+        for layer in steps[count:]:
+            if reason := obstacle(layer):
+                raise NotReversibleError(
+                    "Reversible expects layers that are undone by their inverses, "
+                    f"got {type(layer).__name__}: {reason}."
+                )
+        # Not as modules of this one: they share the layers' parameters.
+        self.__dict__["_noise"], self.__dict__["_steps"] = steps[:count], steps[count:]
+        let_compiler_trace()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return in_turn(self, x, context)
+        x, log_det = in_turn(self._noise, x, context)
+        z, term = run(self._steps, x, context)
+        return z, log_det + term
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return in_turn(self, z, context, inverse=True)
+        x, log_det = run(self._steps, z, context, inverse=True)
+        x, term = in_turn(self._noise, x, context, inverse=True)
+        return x, log_det + term
 
 
 class Replay(NamedTuple):
@@ -44,28 +88,56 @@ class Replay(NamedTuple):
     join: Callable[..., Tensor]
 
 
-def replay(layer: Bijection, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
-    """What any layer can do: one pass back without a graph, then one pass with it."""
-    x, outputs = undo(layer.forward, layer.inverse, inverse, y, context)
-    return Replay(x, outputs, (x,), lambda gradient: gradient)
+@singledispatch
+def replay(layer: Layer, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+    """Rebuild the input of which ``forward`` (or ``inverse``) made y, and the graph on it.
 
-
-def undo(
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    backward: Callable[..., tuple[Tensor, Tensor]],
-    inverse: bool,
-    y: Tensor,
-    *given: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The x with ``forward(x, *given)[0] = y``, a leaf, and ``forward(x, *given)`` with a graph.
-
-    Read backwards, with ``inverse``, it is the x of which ``backward`` makes y.
+    What any layer can do is one pass back without a graph, then one pass with it. Couplings and
+    mixing layers do both together for less.
     """
-    there, back = (backward, forward) if inverse else (forward, backward)
+    there, back = (layer.inverse, layer.forward) if inverse else (layer.forward, layer.inverse)
     with torch.no_grad():
-        x = back(y, *given)[0].detach()
+        x = back(y, context)[0].detach()
     x.requires_grad_()
-    return x, there(x, *given)
+    return Replay(x, there(x, context), (x,), lambda gradient: gradient)
+
+
+@replay.register
+def _(layer: Inverse, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+    return replay(layer.bijection, y, context, not inverse)
+
+
+@replay.register
+def _(layer: Coupling, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+    # The conditioner runs once for both ways: what it sees is the same before and after.
+    kept, moved = layer.mask.split(y.detach())
+    kept = kept.detach().requires_grad_()
+    theta = layer.theta(kept, context)
+    before, (moved, terms) = layer.elementwise.rebuild(moved, theta, inverse)
+    outputs = layer.mask.merge(kept, moved), sum_log_det(terms)
+    x = layer.mask.merge(kept.detach(), before.detach())
+    # Of an image on a checkerboard what is kept has all pixels: merging drops the others.
+    return Replay(x, outputs, (kept, before), layer.mask.merge)
+
+
+@replay.register
+def _(layer: AlongChannels, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+    again = replay(layer.bijection, *layer.rows(y, context), inverse)
+
+    def join(*gradients: Tensor) -> Tensor:
+        return layer.matrix(y, again.join(*gradients))
+
+    return Replay(layer.matrix(y, again.x), layer.gather(y, *again.outputs), again.leaves, join)
+
+
+def parts(layer: Layer) -> list[Layer]:
+    """The layers that this one applies one after the other, compositions taken apart."""
+    if isinstance(layer, Compose):
+        return [part for inner in layer for part in parts(inner)]
+    if isinstance(layer, AlongChannels):
+        inner = parts(layer.bijection)
+        return [type(layer)(part) for part in inner] if len(inner) > 1 else [layer]
+    return [layer]
 
 
 def obstacle(layer: nn.Module) -> str | None:
@@ -78,43 +150,27 @@ def obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def check_reversible(layers: Iterable[nn.Module]) -> None:
-    """Raise `NotReversibleError` at the first layer that cannot rebuild its input."""
-    for layer in layers:
-        if reason := obstacle(layer):
-            raise NotReversibleError(
-                "memory='reversible' expects layers that are undone by their inverses, "
-                f"got {type(layer).__name__}: {reason}."
-            )
-
-
 def turn_on(model: nn.Module) -> nn.Module:
     """Make a model's compositions reversible, in place: all that hold no several-scale part.
 
-    Dequantization at the start of a composition, which nothing can undo, runs as it always does.
-
     Raises: NotReversibleError if a layer cannot rebuild its input, or if there is no composition.
     """
-    from nflib.core import Compose
-    from nflib.multiscale import MultiScale
+    made: list[Reversible] = []
 
-    found: list[Compose] = []
-
-    def visit(module: nn.Module) -> None:
-        scales = any(isinstance(inner, MultiScale) for inner in module.modules())
-        if isinstance(module, Compose) and not scales:
-            found.append(module)
-        else:
-            for child in module.children():
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            scales = any(isinstance(inner, MultiScale) for inner in child.modules())
+            if isinstance(child, Compose) and not scales:
+                made.append(Reversible(*child))
+                setattr(parent, name, made[-1])
+            else:
                 visit(child)
 
     visit(model)
-    if not found:
+    if not made:
         raise NotReversibleError(
             f"turn_on expects a model with a Compose in it, got {type(model).__name__}."
         )
-    for composition in found:
-        composition.set_memory("reversible")
     return model
 
 
@@ -128,7 +184,7 @@ def let_compiler_trace() -> None:
 
 
 def run(
-    layers: Sequence[Bijection], x: Tensor, context: Tensor | None, inverse: bool = False
+    layers: Sequence[Layer], x: Tensor, context: Tensor | None, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`nflib.core.in_turn`, whose backward pass rebuilds what it needs."""
     steps = [(layer, [p for p in layer.parameters() if p.requires_grad]) for layer in layers]
@@ -142,14 +198,12 @@ class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        steps: list[tuple[Bijection, list[nn.Parameter]]],
+        steps: list[tuple[Layer, list[nn.Parameter]]],
         inverse: bool,
         x: Tensor,
         context: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from nflib.core import in_turn
-
         y, log_det = in_turn([layer for layer, _ in steps], x, context, inverse)
         ctx.steps, ctx.inverse, ctx.parameters = steps, inverse, parameters
         device = x.device.type
@@ -169,7 +223,7 @@ class _Rebuilt(torch.autograd.Function):
         context_gradient: Tensor | None = None
         for layer, parameters in ctx.steps if ctx.inverse else reversed(ctx.steps):
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                again = layer.replay(y, context, ctx.inverse)
+                again = replay(layer, y, context, ctx.inverse)
             pairs = zip(again.outputs, (gradient, log_det_gradient), strict=True)
             # A log-det may be a constant, which has no graph.
             outputs = [(out, g) for out, g in pairs if out.requires_grad]

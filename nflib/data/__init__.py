@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nflib.core import DataError, check_finite
+from nflib.core import check_values as check
 from nflib.data import archives, embedded, toys
-from nflib.data.base import DataError, Dataset, check, check_finite
+from nflib.data.base import Dataset
 from nflib.data.cards import CARDS, Card
 
 __all__ = [

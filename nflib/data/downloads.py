@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nflib.data.base import DataError
+from nflib.core import DataError
 
 TIMEOUT = 30.0
 """Seconds without an answer after which the next mirror is tried."""

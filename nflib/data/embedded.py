@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from nflib.data.base import DataError, Dataset
+from nflib.core import DataError
+from nflib.data.base import Dataset
 
 SPLITS = ("train", "valid", "test")
 SPLIT_SEED = 0
