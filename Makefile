@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 SITE := _build/html
 PORT ?= 8000
 
-.PHONY: help book test run lab serve clean repository environment
+.PHONY: help book test mutants run lab serve clean repository environment
 
 help:
 	@echo "make book                   build the site into $(SITE)"
 	@echo "make test                   run every check"
+	@echo "make mutants                plant faults in nflib and see which its tests find (ONLY=nflib.linear for one module)"
 	@echo "make run                    re-execute the chapters whose code changed (CHAPTER=03 for one, ALL=1 for all)"
 	@echo "make lab                    open the chapters in JupyterLab"
 	@echo "make serve                  build the site and serve it at http://localhost:$(PORT)"
@@ -26,6 +27,9 @@ book: environment
 
 test: environment
 	@$(BIN)/python tools/test.py $(STAGE)
+
+mutants: environment
+	@$(BIN)/python tools/mutants.py $(if $(ONLY),--only $(ONLY)) $(if $(ALL),--all)
 
 run: environment
 	@$(BIN)/python tools/notebooks.py run $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(ALL),--all)

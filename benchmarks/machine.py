@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from nflib.cli import hardware
 from nflib.core import Flow, sum_event
+from nflib.train import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine, memory
-from nflib import checkpoints, cli, data, models, reversible
+from nflib import checkpoints, data, models, reversible
 from nflib.core import Flow
+from nflib.train import hardware, processor
 
 SHAPE = (1, 28, 28)
 # Name: whether conditioners run in bfloat16, and whether the model is compiled.
@@ -474,7 +475,7 @@ def measure(
         start = time.perf_counter()
         result = function(sizes, device, runs)
         facts = machine.facts("benchmarks.mixer_gpu")
-        facts["hardware"] = cli.processor() if device == "cpu" else cli.hardware()
+        facts["hardware"] = processor() if device == "cpu" else hardware()
         facts["seconds"] = round(time.perf_counter() - start)
         machine.write(path, facts | result)
 

@@ -132,7 +132,7 @@ def nflib_glow(shape: tuple[int, int, int], levels: int, steps: int, hidden: int
 def nflib_planar(dim: int, layers: int) -> Built:
     flow = Flow(Compose(*[Inverse(Planar(dim)) for _ in range(layers)]), StandardNormal(dim))
     draw_last_layers(flow)
-    return Density(flow, lambda f, x: objective(*f.sample_with_log_prob(len(x)))), flow.sample
+    return Density(flow, lambda f, x: objective(*f.rsample_with_log_prob(len(x)))), flow.sample
 
 
 # zuko

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 import nflib
 from benchmarks import machine
 from benchmarks.peer_models import CONFIGURATIONS, LIBRARIES, Configuration, Sample, quiet
-from nflib import cli
 from nflib.autoregressive import MADE
 from nflib.core import Flow
 from nflib.coupling import Coupling
+from nflib.train import processor
 
 BLOCK_SECONDS, BATCHES, STEPS = 0.2, 16, 20
 WHAT = (
@@ -323,7 +323,7 @@ def main() -> None:
     command += (" --compile" if options.compile else "") + ("" if on_cpu else " --device cuda")
     facts = machine.facts("benchmarks.peers") | {"command": command, "device": options.device}
     # A GPU that only stands by is not the hardware of a measurement on the CPU.
-    facts |= {"hardware": cli.processor()} if on_cpu else {}
+    facts |= {"hardware": processor()} if on_cpu else {}
     facts |= {"versions": versions, "repeats": options.repeats}
     facts |= {"batch": {name: config.batch for name, config in CONFIGURATIONS.items()}}
     facts |= {"steps": {n: REVERSE_KL for n, config in CONFIGURATIONS.items() if config.reverse_kl}}

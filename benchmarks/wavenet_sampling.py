@@ -39,13 +39,13 @@ from nflib.wavenet import (
 
 LEVELS, CLASSES, LENGTH, SECOND = 256, len(audio.PITCHES), 1024, audio.RATE
 COMPONENTS = 5
-TEACHER = {"levels": LEVELS, "channels": 16, "skip": 32, "layers": 8, "context_dim": CLASSES}
+TEACHER = {"levels": LEVELS, "channels": 16, "skip": 32, "layers": 8, "context_shape": CLASSES}
 STUDENT = {
     "flows": 3,
     "channels": 12,
     "skip": 12,
     "layers": 7,
-    "context_dim": CLASSES,
+    "context_shape": CLASSES,
     "scale": 0.05,
 }
 TEACHING = {"batch_size": 8, "lr": 4e-3, "warmup": 50, "ema": 0.99, "seed": 0}

@@ -171,6 +171,8 @@ def checked(function: F) -> F:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
+            bound = None
+        if bound is None:
             return function(*args, **kwargs)  # Python's own sentence names the function
         for name, value in bound.arguments.items():
             rule = rules.get(name)

@@ -23,9 +23,31 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nflib.arguments import Levels, Positive, Size, checked
 from nflib.core import ShapeError
 from nflib.plot.arrays import array
 from nflib.plot.look import DATA, one_axes
+from nflib.wavenet.spectrum import spectrum_power
+
+__all__ = [
+    "PITCHES",
+    "RATE",
+    "AudioError",
+    "Player",
+    "linear",
+    "linear_inverse",
+    "load_wav",
+    "mu_law",
+    "mu_law_inverse",
+    "player",
+    "spectrogram",
+    "spectrum_power",
+    "tones",
+    "wav_bytes",
+    "waveform",
+    "whistle_noise",
+    "whistles",
+]
 
 RATE = 8000
 """Samples a second that the course works with: the rate of telephones."""
@@ -38,7 +60,8 @@ class AudioError(ValueError):
     """A recording that cannot be used; the message says why."""
 
 
-def mu_law(x: Tensor, levels: int = 256) -> Tensor:
+@checked
+def mu_law(x: Tensor, levels: Levels = 256) -> Tensor:
     """Waveforms in [-1, 1] to integers 0 .. levels-1, with levels that are finer near zero.
 
     With mu = levels - 1:
@@ -48,12 +71,13 @@ def mu_law(x: Tensor, levels: int = 256) -> Tensor:
     Returns int64 of x's shape. ITU-T G.711; van den Oord et al. 2016,
     https://arxiv.org/abs/1609.03499.
     """
-    _check_waveform(x, levels, "mu_law")
+    _check_waveform(x, "mu_law")
     mu = levels - 1
     return _nearest(x.sign() * torch.log1p(mu * x.abs()) / math.log1p(mu), mu)
 
 
-def mu_law_inverse(k: Tensor, levels: int = 256) -> Tensor:
+@checked
+def mu_law_inverse(k: Tensor, levels: Levels = 256) -> Tensor:
     """The waveform in [-1, 1] that integers of `mu_law` stand for: ``sign(f) (levels^|f| - 1)/mu``.
 
     float32, or k's own dtype where it is a floating one (float64 say), in which case k may lie
@@ -65,16 +89,18 @@ def mu_law_inverse(k: Tensor, levels: int = 256) -> Tensor:
     return f.sign() * torch.expm1(f.abs() * top) / torch.expm1(top)
 
 
-def linear(x: Tensor, levels: int = 256) -> Tensor:
+@checked
+def linear(x: Tensor, levels: Levels = 256) -> Tensor:
     """Waveforms in [-1, 1] to integers 0 .. levels-1, evenly.
 
     ``k = floor((x + 1) / 2 (levels - 1) + 1/2)``, int64 of x's shape.
     """
-    _check_waveform(x, levels, "linear")
+    _check_waveform(x, "linear")
     return _nearest(x, levels - 1)
 
 
-def linear_inverse(k: Tensor, levels: int = 256) -> Tensor:
+@checked
+def linear_inverse(k: Tensor, levels: Levels = 256) -> Tensor:
     """The waveform that integers of `linear` stand for: ``2 k / (levels - 1) - 1``."""
     k = k if k.is_floating_point() else k.to(torch.float32)
     return 2 * k / (levels - 1) - 1
@@ -84,9 +110,7 @@ def _nearest(f: Tensor, mu: int) -> Tensor:
     return ((f + 1) / 2 * mu + 0.5).floor().long()
 
 
-def _check_waveform(x: Tensor, levels: int, name: str) -> None:
-    if levels < 2:
-        raise ValueError(f"{name} expects at least 2 levels, got {levels}.")
+def _check_waveform(x: Tensor, name: str) -> None:
     if not x.is_floating_point():
         raise ShapeError(f"{name} expects floating-point numbers in [-1, 1], got {x.dtype}.")
     largest = x.abs().max().item() if x.numel() else 0.0
@@ -277,26 +301,9 @@ def spectrogram(
     return ax
 
 
-def spectrum_power(x: Tensor, window: int = 256) -> Tensor:
-    """``|STFT(x)|^2`` of ``(batch, length)``: ``(batch, window/2 + 1, frames)``, differentiable.
-
-    Hann windows of ``window`` samples every quarter of a window, scaled so that white noise of
-    variance v has the power v at every frequency.
-
-    Raises: ShapeError if there are fewer samples than one window.
-    """
-    if x.ndim != 2 or x.shape[1] < window:
-        raise ShapeError(
-            f"A spectrum expects shape (batch, length) with length >= {window}, "
-            f"got {tuple(x.shape)}."
-        )
-    weights = torch.hann_window(window, dtype=x.dtype, device=x.device)
-    found = torch.stft(x, window, window // 4, window=weights, center=False, return_complex=True)
-    return (found.real.square() + found.imag.square()) / weights.square().sum()
-
-
+@checked
 def tones(
-    n: int, length: int = RATE // 2, seed: int = 0, rate: int = RATE
+    n: Size, length: Size = RATE // 2, seed: int = 0, rate: Size = RATE
 ) -> tuple[Tensor, Tensor]:
     """Plucked notes: sound to learn from without any file.
 
@@ -314,8 +321,6 @@ def tones(
     Returns: waveforms float32 ``(n, length)`` whose largest value is between 0.5 and 0.9, and the
         classes int64 ``(n,)``, the index of each note's pitch.
     """
-    if n < 1 or length < 1:
-        raise ValueError(f"tones expects at least one note and one sample, got {n} and {length}.")
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -336,8 +341,9 @@ def tones(
     return (loudest * x / x.abs().amax(1, keepdim=True)).float(), classes
 
 
+@checked
 def whistles(
-    n: int, length: int = RATE // 2, seed: int = 0, rate: int = RATE, fade: float = 0.006
+    n: Size, length: Size = RATE // 2, seed: int = 0, rate: Size = RATE, fade: Positive = 0.006
 ) -> tuple[Tensor, Tensor]:
     """Breathy notes: white noise through a resonator, ``x_t = a_1 x_{t-1} + a_2 x_{t-2} + e_t``.
 
@@ -355,10 +361,6 @@ def whistles(
     Returns: waveforms float32 ``(n, length)`` of standard deviation 0.15, and the classes int64
         ``(n,)``, the index of each note's pitch among `PITCHES`.
     """
-    if n < 1 or length < 1:
-        raise ValueError(
-            f"whistles expects at least one note and one sample, got {n} and {length}."
-        )
     from scipy.signal import lfilter
 
     generator = torch.Generator().manual_seed(seed)
@@ -374,7 +376,8 @@ def whistles(
     return torch.from_numpy(np.clip(np.stack(rows), -1, 1)).float(), classes
 
 
-def whistle_noise(rate: int = RATE, fade: float = 0.006) -> Tensor:
+@checked
+def whistle_noise(rate: Size = RATE, fade: Positive = 0.006) -> Tensor:
     """The standard deviation of e_t in `whistles` for each of the `PITCHES`, float64.
 
     That of x_t given all before it. On levels so narrow that rounding does not matter the notes'

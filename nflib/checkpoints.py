@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from functools import cache
 from importlib import metadata, resources
@@ -26,7 +27,12 @@ class CheckpointError(ValueError):
 
 
 def save(model: nn.Module, path: str | Path, **meta: Any) -> Path:
-    """Write the model's state_dict, and any JSON-able facts about it, to a safetensors file."""
+    """Write the model's state_dict, and any JSON-able facts about it, to a safetensors file.
+
+    How many grey levels the model knows is added to the facts, as ``levels``.
+    """
+    if (levels := _levels(model)) is not None:
+        meta = {"levels": levels, **meta}
     return write(path, {f"model.{k}": v for k, v in model.state_dict().items()}, meta)
 
 
@@ -37,10 +43,16 @@ def load(model: nn.Module, path: str | Path) -> dict[str, Any]:
     weights, or the averaged ones, or the last.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, a pickle, or of another model; the model
-            then keeps the weights it had.
+        CheckpointError: if the file is missing, damaged, a pickle, or of another model, also one
+            for another number of grey levels; the model then keeps the weights it had.
     """
     tensors, meta = read(path)
+    theirs, ours = meta.get("levels"), _levels(model)
+    if isinstance(theirs, int) and ours not in (None, theirs):
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: it is for {theirs} grey levels, "
+            f"the model expects {ours}."
+        )
     for kind in ("best", "ema", "model"):
         state = {
             k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")
@@ -52,22 +64,37 @@ def load(model: nn.Module, path: str | Path) -> dict[str, Any]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """``model.load_state_dict(state)``, or one sentence on the first thing that does not fit."""
+    """``model.load_state_dict(state)``, or one sentence on the first thing that does not fit.
+
+    A layer may complete the state of an older file when it is loaded, as `ActNorm` does.
+    """
     own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state:
-            problem = f"has no tensor {name!r}, which the model expects"
-        elif name not in own:
-            problem = f"has a tensor {name!r}, which the model does not know"
-        elif own[name].shape != state[name].shape:
-            problem = (
+    for name in sorted(own.keys() & state.keys()):
+        if own[name].shape != state[name].shape:
+            raise _misfit(
+                path,
                 f"has {name!r} of shape {tuple(state[name].shape)}, "
-                f"the model expects {tuple(own[name].shape)}"
+                f"the model expects {tuple(own[name].shape)}",
             )
-        else:
-            continue
-        raise CheckpointError(f"{path} is a checkpoint of another model: it {problem}.")
-    model.load_state_dict(state)
+    # Only the layers know what they can do without: they try, and it is undone if they cannot.
+    before = {k: v.clone() for k, v in own.items()} if own.keys() != state.keys() else own
+    missing, unknown = model.load_state_dict(state, strict=False)
+    if not missing and not unknown:
+        return
+    model.load_state_dict(before)
+    if missing:
+        raise _misfit(path, f"has no tensor {min(missing)!r}, which the model expects")
+    raise _misfit(path, f"has a tensor {min(unknown)!r}, which the model does not know")
+
+
+def _misfit(path: str | Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path} is a checkpoint of another model: it {problem}.")
+
+
+def _levels(model: nn.Module) -> int | None:
+    """The number of grey levels that the model, or the first part that has one, is made for."""
+    found = (getattr(module, "levels", None) for module in model.modules())
+    return next((levels for levels in found if isinstance(levels, int)), None)
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -125,7 +152,8 @@ def find(name: str) -> Path:
     """A file of the course (``"results/linear_cost.json"``, ``"data/..."``), wherever we run.
 
     Looked for in the clone that nflib is installed from, then in the user's cache, then fetched
-    from the course's repository; checked by sha256 unless it comes from the clone.
+    from the course's repository, as it was at the installed commit or release; checked by sha256
+    unless it comes from the clone.
     """
     registry = _registry()
     if name not in registry:
@@ -138,17 +166,42 @@ def find(name: str) -> Path:
         return clone / name
     import pooch
 
-    address = f"{repository()}/raw/main/{name}"
+    address = f"{repository()}/raw/{_revision()}/{name}"
     try:
         got = pooch.retrieve(
             address, f"sha256:{registry[name]}", fname=name, path=pooch.os_cache("nflib")
         )
     except Exception as error:
+        # pooch's word for another sha256; what goes wrong with the network is an OSError, too.
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            raise CheckpointError(
+                f"{address} has changed since this nflib ({_installed()}) was installed; update "
+                f"nflib: pip install --upgrade --force-reinstall --no-deps "
+                f'"git+{repository()}", and start Python anew.'
+            ) from error
         raise CheckpointError(
             f"{name} is neither in a clone nor in the cache and could not be fetched from "
             f"{address}: {error}."
         ) from error
     return Path(got)
+
+
+def _revision() -> str:
+    """What git calls the installed state: a commit, the tag of a release, or the branch."""
+    found = list(metadata.distributions(name="nflib"))
+    # pip notes where a package came from, unless that was an index of releases. A clone that was
+    # built from may lie beside the installed package, without a note.
+    notes = [json.loads(each.read_text("direct_url.json") or "{}") for each in found]
+    origin: dict[str, Any] = next(filter(None, notes), {})
+    if commit := origin.get("vcs_info", {}).get("commit_id"):
+        return commit
+    return f"v{found[0].version}" if found and not origin else "main"
+
+
+def _installed() -> str:
+    revision = _revision()
+    commit = f", commit {revision[:7]}" if re.fullmatch("[0-9a-f]{40}", revision) else ""
+    return f"version {metadata.version('nflib')}{commit}"
 
 
 def names(prefix: str = "") -> list[str]:
@@ -175,9 +228,9 @@ def _registry() -> dict[str, str]:
 
 def _reason(error: Exception) -> str:
     number = getattr(error, "errno", None)
-    if number is None and "os error" in str(error):
-        # safetensors reports the operating system's error in its text: "... (os error 28)".
-        number = int(str(error).rsplit("os error ", 1)[1].split(")")[0])
+    # safetensors has the operating system's number in its text: "(os error 28)", or "code: 28".
+    if number is None and (found := re.search(r"\b(?:os error|code:) (\d+)", str(error))):
+        number = int(found[1])
     if number == errno.ENOSPC:
         return "the disk is full"
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):

@@ -7,20 +7,21 @@ A position (a pixel, a sample of sound) has C channels, each a number in 0 .. k-
                                -> log P of each whole position in nats, (batch, *positions)
     sample(parameters, u)      u uniform in [0, 1), (batch, uniforms, *positions)
                                -> (batch, C, *positions)
+    cooled(parameters, T)      the parameters of the distribution at temperature T
 
 The randomness comes in as ``u``: two samplers that are given the same u return the same values.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nflib.core import ShapeError, log_det_dtype
-
-# The smallest log-scale of a logistic, in units of half the range of the levels.
-MIN_LOG_SCALE = -7.0
+from nflib.arguments import Levels, Size, checked, show
+from nflib.core import EventShape, ShapeError, describe, fits, log_det_dtype
 
 
 class Head:
@@ -34,21 +35,23 @@ class Head:
     count: int
     uniforms: int
 
-    def __init__(self, levels: int, channels: int = 1) -> None:
-        if levels < 2 or channels < 1:
-            raise ValueError(
-                f"{type(self).__name__} expects at least 2 levels and 1 channel, "
-                f"got levels={levels}, channels={channels}."
-            )
+    @checked
+    def __init__(self, levels: Levels, channels: Size = 1) -> None:
         self.levels, self.channels = levels, channels
 
     def log_prob(self, x: Tensor, parameters: Tensor) -> Tensor:
         """log P of every position, all its channels together, in nats."""
-        raise TypeError(f"{type(self).__name__} does not define log_prob(x, parameters).")
+        raise NotImplementedError(f"{type(self).__name__} does not define log_prob(x, parameters).")
 
     def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
         """The values that the uniform numbers u pick."""
-        raise TypeError(f"{type(self).__name__} does not define sample(parameters, u).")
+        raise NotImplementedError(f"{type(self).__name__} does not define sample(parameters, u).")
+
+    def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
+        """Parameters of which draws are the nearer to the likeliest values, the lower T is."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define cooled(parameters, temperature)."
+        )
 
     def check(self, x: Tensor, parameters: Tensor) -> None:
         """Raise `ShapeError` if values and parameters do not fit together; reads shapes only."""
@@ -71,7 +74,8 @@ class Softmax(Head):
     the parameters, so a network that wants them dependent has to look at the earlier ones itself.
     """
 
-    def __init__(self, levels: int, channels: int = 1) -> None:
+    @checked
+    def __init__(self, levels: Levels, channels: Size = 1) -> None:
         super().__init__(levels, channels)
         self.count, self.uniforms = levels * channels, channels
 
@@ -88,6 +92,10 @@ class Softmax(Head):
         cdf = self.log_probs(parameters).exp().cumsum(2)[:, :, :-1]
         return (u.unsqueeze(2) >= cdf).sum(2).to(parameters.dtype)
 
+    def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
+        """``P(x)^(1/T)``, normalised."""
+        return parameters / temperature
+
 
 class LogisticMixture(Head):
     """A mixture of K logistic densities, integrated over the bin of each level.
@@ -96,23 +104,30 @@ class LogisticMixture(Head):
     bin of x in units of a component's scale, ``a = (x - h - mu) / s``, ``b = (x + h - mu) / s``:
 
         P(x) = sum_i pi_i (sigma(b_i) - sigma(a_i)),    a = -inf at level 0, b = inf at level k-1
-        log (sigma(b) - sigma(a)) = log sigma(b) + log sigma(-a) + log(1 - exp(a - b))
 
-    The last line is exact and free of cancellation however narrow the component. With C channels
-    the components are shared and their means move with the channels before: ``mu_c`` becomes
-    ``mu_c + sum_{j<c} tanh(r_cj) x_j``. Predicts ``K (1 + 2 C + C (C - 1) / 2)`` numbers.
-    Salimans et al. 2017 (PixelCNN++), https://arxiv.org/abs/1701.05517.
+    See `logistic_bin` for its logarithm. With C channels the components are shared and their means
+    move with the channels before: ``mu_c`` becomes ``mu_c + sum_{j<c} tanh(r_cj) x_j``. Predicts
+    ``K (1 + 2 C + C (C - 1) / 2)`` numbers. Salimans et al. 2017 (PixelCNN++),
+    https://arxiv.org/abs/1701.05517.
+
+    The log-scale has a floor: -7 up to 256 levels, as in the authors' code. There half a bin is 4.3
+    scales wide, so that one level can have probability 0.97. With more levels bins are narrower,
+    and the floor is lower in proportion.
 
     Args:
         levels, channels: see `Head`.
         components: number K of logistics.
+
+    Attributes:
+        min_log_scale: the floor.
     """
 
-    def __init__(self, levels: int, channels: int = 1, components: int = 5) -> None:
+    @checked
+    def __init__(self, levels: Levels, channels: Size = 1, components: Size = 5) -> None:
         super().__init__(levels, channels)
-        if components < 1:
-            raise ValueError(f"LogisticMixture expects a component or more, got {components}.")
         self.components = components
+        # The half bin of k levels is 1 / (k - 1).
+        self.min_log_scale = min(-7.0, -7.0 + math.log(255 / (levels - 1)))
         self.links = channels * (channels - 1) // 2
         self.count = components * (1 + 2 * channels + self.links)
         self.uniforms = 1 + channels
@@ -125,7 +140,7 @@ class LogisticMixture(Head):
         return (
             weights.log_softmax(1),
             means.unflatten(1, (c, k)),
-            scales.unflatten(1, (c, k)).clamp_min(MIN_LOG_SCALE),
+            scales.unflatten(1, (c, k)).clamp_min(self.min_log_scale),
             links.unflatten(1, (self.links, k)).tanh() if self.links else links,
         )
 
@@ -141,21 +156,19 @@ class LogisticMixture(Head):
             mean = mean + links[:, first + j] * value.unsqueeze(1)
         return mean
 
+    def bins(self, at: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`logistic_bin` around points of [-1, 1], half the distance of two levels to each side."""
+        return logistic_bin(at, means, log_scales, 1 / (self.levels - 1))
+
     def log_prob(self, x: Tensor, parameters: Tensor) -> Tensor:
         self.check(x, parameters)
         total, means, log_scales, links = self.unpack(parameters)
         at = self.scaled(x.to(total.dtype))
-        half = 1 / (self.levels - 1)
         before: list[Tensor] = []
         for channel in range(self.channels):
             value = at[:, channel]
             mean = self._mean(channel, means, links, before)
-            narrow = (-log_scales[:, channel]).exp()
-            centred = (value.unsqueeze(1) - mean) * narrow
-            width = half * narrow
-            below = F.logsigmoid(centred + width)
-            above = F.logsigmoid(width - centred)
-            inside = below + above + torch.log(-torch.expm1(-2 * width))
+            below, inside, above = self.bins(value.unsqueeze(1), mean, log_scales[:, channel])
             level = x[:, channel].unsqueeze(1)
             log_bin = torch.where(level < 0.5, below, inside)
             total = total + torch.where(level > self.levels - 1.5, above, log_bin)
@@ -180,5 +193,80 @@ class LogisticMixture(Head):
             drawn.append(level.clamp(0, self.levels - 1))
         return torch.stack(drawn, 1).to(parameters.dtype)
 
+    def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
+        """Weights ``pi_i^(1/T)``, normalised, and all scales times T."""
+        k, c = self.components, self.channels
+        weights, means, scales, links = parameters.split([k, c * k, c * k, self.links * k], 1)
+        cooler = scales + math.log(temperature)
+        return torch.cat([weights / temperature, means, cooler, links], 1)
+
     def __repr__(self) -> str:
         return super().__repr__()[:-1] + f", components={self.components})"
+
+
+def logistic_bin(
+    at: Tensor, means: Tensor, log_scales: Tensor, half: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How much of a logistic lies below the upper end of a bin, inside of it, above its lower end.
+
+    With ``a, b = (at -+ half - mu) / s`` and sigma the logistic function:
+
+        log sigma(b),    log (sigma(b) - sigma(a)),    log sigma(-a)
+
+    The one in the middle is computed as ``log sigma(b) + log sigma(-a) + log(1 - exp(a - b))``,
+    which is free of cancellation however narrow the logistic is.
+    """
+    narrow = (-log_scales).exp()
+    centred, width = (at - means) * narrow, half * narrow
+    below, above = F.logsigmoid(centred + width), F.logsigmoid(width - centred)
+    return below, below + above + torch.log(-torch.expm1(-2 * width)), above
+
+
+def rows_for(
+    name: str, argument: str, value: Tensor, draws: torch.Size, sizes: tuple[int, ...]
+) -> Tensor:
+    """An argument of a sampler with one row for each draw, ``(draws.numel(), *sizes)``.
+
+    It may have them all, ``(*draws, *sizes)``, or what broadcasts to them, one row for all say.
+
+    Args:
+        name: what the user called.
+        argument: which argument.
+        value: what it is.
+        draws: the shape of the draws.
+        sizes: of a row.
+    """
+    try:
+        rows = value.expand(*draws, *sizes)
+    except RuntimeError:
+        raise ShapeError(
+            f"{name} expects {argument} of shape {describe((*draws, *sizes))}, or one for all, "
+            f"got {tuple(value.shape)}."
+        ) from None
+    return rows.reshape(draws.numel(), *sizes)
+
+
+def check_integers(name: str, x: Tensor, shape: EventShape, like: Tensor) -> None:
+    """Raise `ShapeError` unless x can be a batch of integers for a model of this name.
+
+    Any dtype that holds integers will do; reads shape, dtype and device only.
+
+    Args:
+        name: what the user called.
+        x: the input.
+        shape: of one event, None where any size will do.
+        like: a parameter of the model.
+    """
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} expects a tensor, got {show(x)}; torch.as_tensor makes one.")
+    if x.ndim == 0 or not fits(tuple(x.shape[1:]), shape) or 0 in x.shape[1:]:
+        raise ShapeError(
+            f"{name} expects shape {describe(('batch', *shape))}, got {tuple(x.shape)}."
+        )
+    if x.dtype == torch.bool or x.is_complex():
+        raise ShapeError(f"{name} expects whole numbers, of any dtype for numbers, got {x.dtype}.")
+    if x.device != like.device:
+        raise ShapeError(
+            f"{name} expects its input on its own device {like.device}, got {x.device}; "
+            "move the input with .to(device), or the model."
+        )

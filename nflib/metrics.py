@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nflib.core import Shape
-from nflib.data import check_finite
+from nflib.arguments import Size, checked
+from nflib.cache import cached
+from nflib.core import Shape, check_finite
 
 
-def bits_per_dim(log_prob: Tensor | float, dims: int | Shape, levels: int = 1) -> Any:
+class HasLogProb(Protocol):
+    """Any model with ``log_prob(x)`` or ``log_prob(x, context)``, in nats for each row."""
+
+    def log_prob(self, x: Tensor, /) -> Tensor: ...
+
+
+class CountsDims(Protocol):
+    """A model whose rows differ in how many numbers they hold, such as padded recordings."""
+
+    def dims_of(self, x: Tensor) -> Tensor:
+        """How many numbers of each row count, ``(rows,)``; by default all of them do."""
+        ...
+
+
+def bits_per_dim(log_prob: Tensor | float, dims: float | Shape, levels: int = 1) -> Any:
     """Bits per dimension of integer data: ``-log_prob / (D log 2) + log2(levels)``.
 
     ``log_prob`` is in nats. If the model saw the integers (plus noise) as they are, leave
@@ -23,13 +41,14 @@ def bits_per_dim(log_prob: Tensor | float, dims: int | Shape, levels: int = 1) -
 
     Args:
         log_prob: log-densities in nats, any shape, or one number.
-        dims: the number D of dimensions, or the event's shape.
+        dims: the number D of dimensions (for rows of different lengths its mean), or the event's
+            shape.
         levels: what the integers were divided by before the model saw them.
 
     Returns: bits per dimension, of log_prob's shape. Lower is better.
     """
-    count = dims if isinstance(dims, int) else math.prod(dims)
-    if count < 1 or levels < 1:
+    count = math.prod(dims) if isinstance(dims, tuple | list) else dims
+    if not count > 0 or levels < 1:
         raise ValueError(
             f"bits_per_dim expects positive dims and levels, got dims={dims}, levels={levels}."
         )
@@ -44,7 +63,7 @@ class Score:
         nats: mean log-likelihood of a row, in nats; higher is better.
         standard_error: of that mean, in nats.
         rows: number of rows.
-        dims: numbers in a row.
+        dims: numbers in a row; their mean, if rows differ (see `CountsDims`).
         likelihood: ``"exact"``, ``"lower bound"`` or ``"estimate"``.
         samples: draws of the model's own noise behind each row's number.
     """
@@ -52,7 +71,7 @@ class Score:
     nats: float
     standard_error: float
     rows: int
-    dims: int
+    dims: float
     likelihood: str
     samples: int = 1
 
@@ -64,17 +83,17 @@ class Score:
         draws = f" with {self.samples} samples" if self.samples > 1 else ""
         return (
             f"{self.nats:.3f} +- {self.standard_error:.3f} nats ({self.likelihood}{draws}, "
-            f"{self.rows} rows of {self.dims})"
+            f"{self.rows} rows of {self.dims:.6g})"
         )
 
 
-@torch.no_grad()
+@checked
 def log_probs(
-    model: Any,
-    x: Tensor,
-    context: Tensor | None = None,
-    batch_size: int = 2048,
-    samples: int = 1,
+    model: HasLogProb,
+    x: object,
+    context: object = None,
+    batch_size: Size = 2048,
+    samples: Size = 1,
 ) -> Tensor:
     """``model.log_prob`` of every row of x in large batches without gradients, ``(rows,)``.
 
@@ -82,55 +101,102 @@ def log_probs(
     ``log 1/K sum_k exp(log_prob_k)``: for a model that draws noise of its own, such as
     dequantization, the importance-weighted bound, which rises towards log P(x) with K (Burda et
     al. 2015, https://arxiv.org/abs/1509.00519).
+
+    Args: those of `evaluate`.
     """
-    if len(x) == 0:
-        raise ValueError("log_probs expects at least one row, got none.")
-    if samples < 1:
-        raise ValueError(f"log_probs expects at least one sample, got {samples}.")
-    check_finite(x)
-    check_data = getattr(model, "check_data", None)
-    if check_data is not None:
-        check_data(x)
-    contexts = [None] * len(x) if context is None else context.split(batch_size)
-    parts = []
-    for part, c in zip(x.split(batch_size), contexts, strict=False):
-        draws = [
-            model.log_prob(part) if c is None else model.log_prob(part, c) for _ in range(samples)
-        ]
-        parts.append(torch.stack(draws).logsumexp(0) - math.log(samples))
-    return torch.cat(parts)
+    return _log_probs(model, *_data("log_probs", model, x, context), batch_size, samples)
 
 
+@checked
 def evaluate(
-    model: Any,
-    x: Tensor,
-    context: Tensor | None = None,
-    batch_size: int = 2048,
-    samples: int = 1,
+    model: HasLogProb,
+    x: object,
+    context: object = None,
+    batch_size: Size = 2048,
+    samples: Size = 1,
 ) -> Score:
     """The mean log-likelihood of x under any model with ``log_prob``, in evaluation mode.
 
     Args:
-        model: a `Flow` or any other model with ``log_prob(x)`` or ``log_prob(x, context)``.
-        x: data, ``(rows, *event)``.
-        context: ``(rows, ...)`` if the model is conditional.
+        model: a `Flow` or any other model with ``log_prob(x)`` or ``log_prob(x, context)``. If it
+            has ``dims_of``, see `CountsDims`, bits per dimension are of the numbers that count.
+        x: data, ``(rows, *event)``, a tensor or a NumPy array. An array's floating-point numbers
+            are converted to the model's dtype.
+        context: ``(rows, ...)`` if the model is conditional: one for each row of x.
         batch_size: rows at a time; only memory depends on it.
         samples: draws of the model's own noise for each row, see `log_probs`; cost grows with it.
+
+    Raises: ValueError before anything runs, for data that are not finite or that the model cannot
+        take (its ``check_data``), and for a context with another number of rows.
     """
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
-    try:
-        values = log_probs(model, x, context, batch_size, samples).double()
-    finally:
-        if was_training:
-            model.train()
+    rows, given = _data("evaluate", model, x, context)
+    with _evaluating(model):
+        values = _log_probs(model, rows, given, batch_size, samples).double()
     spread = values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
+    count = getattr(model, "dims_of", lambda rows: torch.tensor(rows[0].numel()))
     return Score(
         nats=values.mean().item(),
         standard_error=spread,
         rows=len(values),
-        dims=x[0].numel(),
+        dims=count(rows).double().mean().item(),
         likelihood=getattr(model, "likelihood", "exact"),
         samples=samples,
     )
+
+
+def _data(name: str, model: Any, x: Any, context: Any) -> tuple[Tensor, Tensor | None]:
+    """Both as tensors, or one sentence on what is wrong with them."""
+    x = _as_tensor(name, "x", model, x)
+    context = None if context is None else _as_tensor(name, "context", model, context)
+    if len(x) == 0:
+        raise ValueError(f"{name} expects at least one row, got none.")
+    if context is not None and len(context) != len(x):
+        raise ValueError(
+            f"{name} expects a context for each of the {len(x)} rows of x, got {len(context)}."
+        )
+    check_finite(x)
+    if hasattr(model, "check_data"):
+        model.check_data(x)
+    return x, context
+
+
+def _as_tensor(name: str, what: str, model: Any, rows: Any) -> Tensor:
+    if isinstance(rows, numpy.ndarray) and rows.dtype.kind in "biuf":
+        found = torch.from_numpy(numpy.array(rows))  # a copy: torch shares no read-only memory
+        parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+        if not parameters:
+            return found
+        kind = parameters[0].dtype if found.is_floating_point() else found.dtype
+        return found.to(parameters[0].device, kind)
+    if not isinstance(rows, Tensor) or rows.ndim == 0:
+        got = getattr(rows, "dtype", None) or type(rows).__name__
+        raise ValueError(f"{name} expects {what} as a tensor or NumPy array of rows, got {got}.")
+    return rows
+
+
+@torch.no_grad()
+def _log_probs(
+    model: Any, x: Tensor, context: Tensor | None, batch_size: int, samples: int
+) -> Tensor:
+    batches = x.split(batch_size)
+    contexts = [None] * len(batches) if context is None else context.split(batch_size)
+    parts = []
+    with cached(model) if isinstance(model, nn.Module) else nullcontext():
+        for part, c in zip(batches, contexts, strict=True):
+            given = (part,) if c is None else (part, c)
+            draws = torch.stack([model.log_prob(*given) for _ in range(samples)])
+            parts.append(draws.logsumexp(0) - math.log(samples))
+    return torch.cat(parts)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the one it was in."""
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()

@@ -1,17 +1,22 @@
-"""Matrices that are kept while their parameters are unchanged: never stale, never in the way."""
+"""Matrices that are kept while a block runs: never stale, never in the way."""
 
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from nflib import checkpoints
-from nflib.cache import while_unchanged
+from nflib import models
+from nflib.cache import cached, kept
+from nflib.checks import randomize_parameters
 from nflib.convolution import Invertible1x1Conv
+from nflib.core import Layer
 from nflib.linear import LU, Triangular
+from nflib.metrics import evaluate
 
 
 class Twice(nn.Module):
@@ -22,102 +27,126 @@ class Twice(nn.Module):
         self.matrix = nn.Parameter(torch.eye(2))
         self.calls = 0
 
-    @while_unchanged
+    @kept
     def weight(self) -> torch.Tensor:
         self.calls += 1
         return 2 * self.matrix
 
 
 @torch.no_grad()
-def test_it_is_made_once_and_again_after_every_change() -> None:
-    layer = Twice().eval()
-    assert layer.weight() is layer.weight()
-    assert layer.calls == 1
-    layer.matrix.mul_(3)
-    assert layer.weight()[0, 0] == 6
-    layer.load_state_dict({"matrix": torch.full((2, 2), 5.0)})
-    assert layer.weight()[0, 0] == 10
-    layer.double()
-    assert layer.weight().dtype == torch.float64
-    layer.matrix = nn.Parameter(torch.zeros(2, 2))
-    assert layer.weight()[0, 0] == 0
-    assert layer.calls == 5
+def test_it_is_made_once_inside_of_a_block_and_always_outside() -> None:
+    layer = Twice()
+    layer.weight(), layer.weight()
+    assert layer.calls == 2
+    with cached(layer):
+        assert layer.weight() is layer.weight()
+        assert layer.calls == 3
+    layer.weight()
+    assert layer.calls == 4
 
 
-def test_an_optimizers_step_is_a_change() -> None:
-    for fused in (False, True):
-        layer = Twice().eval()
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
-        with torch.no_grad():
-            before = layer.weight().clone()
-        layer.weight().sum().backward()
-        optimizer.step()
-        with torch.no_grad():
-            assert not torch.equal(layer.weight(), before)
-            assert torch.equal(layer.weight(), 2 * layer.matrix)
-
-
-def test_with_gradients_it_is_always_made() -> None:
-    layer = Twice().eval()
-    with torch.no_grad():
+@torch.no_grad()
+def test_a_block_inside_of_a_block_goes_on_with_what_is_there() -> None:
+    layer, other = Twice(), Twice()
+    with cached(layer):
         layer.weight()
-    layer.weight().sum().backward()
+        with cached(nn.Sequential(layer, other)):
+            layer.weight(), other.weight(), other.weight()
+        other.weight()
+        layer.weight()
+    assert layer.calls == 1
+    assert other.calls == 2
+
+
+@torch.no_grad()
+def test_only_the_models_own_modules_are_kept() -> None:
+    inside, outside = Twice(), Twice()
+    with cached(inside):
+        outside.weight(), outside.weight()
+    assert outside.calls == 2
+
+
+def test_with_gradients_it_is_always_made_and_has_a_graph() -> None:
+    layer = Twice()
+    with cached(layer):
+        with torch.no_grad():
+            layer.weight()
+        layer.weight().sum().backward()
     assert torch.equal(layer.matrix.grad, torch.full((2, 2), 2.0))
 
 
 @torch.no_grad()
-def test_while_training_nothing_is_kept() -> None:
+def test_nothing_survives_an_error_or_shows_in_another_thread() -> None:
     layer = Twice()
-    layer.weight()
+    with pytest.raises(KeyError), cached(layer):
+        layer.weight()
+        raise KeyError
     layer.weight()
     assert layer.calls == 2
+    with cached(layer):
+        layer.weight()
+        thread = threading.Thread(target=lambda: [layer.weight(), layer.weight()])
+        thread.start()
+        thread.join()
+    assert layer.calls == 5
 
 
 @torch.no_grad()
-def test_a_copy_has_a_matrix_of_its_own() -> None:
-    layer = Twice().eval()
-    layer.weight()
-    other = copy.deepcopy(layer)
-    layer.matrix.zero_()
-    assert other.weight()[0, 0] == 2
-    other.matrix.mul_(2)
-    assert other.weight()[0, 0] == 4
-    assert "_kept_weight" not in other.state_dict()
+def test_a_copy_has_nothing_and_the_state_knows_nothing() -> None:
+    layer = Twice()
+    with cached(layer):
+        layer.weight()
+        other = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+        other.matrix.zero_()
+        assert other.weight()[0, 0] == 0
+    assert list(layer.state_dict()) == ["matrix"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["maf", "iaf", "spline_flow"])
+def test_what_is_written_behind_torchs_back_is_seen(name: str) -> None:
+    flow = getattr(models, name)(4, 2, 8).eval()
+    randomize_parameters(flow)
+    x = torch.randn(5, 4)
+    flow.log_prob(x), flow.sample(3), evaluate(flow, x)
+    other = copy.deepcopy(flow)
+    randomize_parameters(other, seed=1)
+    vector = nn.utils.parameters_to_vector(other.parameters())
+    nn.utils.vector_to_parameters(vector, flow.parameters())  # through .data
+    torch.testing.assert_close(flow.log_prob(x), other.log_prob(x))
 
 
 @torch.no_grad()
 def test_functional_calls_see_their_own_parameters() -> None:
-    layer = LU(3).eval()
-    kept = layer.weight()
-    swapped = {"packed": layer.packed + 1, "bias": layer.bias}
-    x = torch.randn(2, 3)
-    z, _ = torch.func.functional_call(layer, swapped, (x,))
-    assert not torch.allclose(z, x @ kept.T)
-    many = torch.stack([layer.packed, layer.packed + 1])
-    call = lambda packed: torch.func.functional_call(layer, {"packed": packed}, (x,))[0]  # noqa: E731
-    one, two = torch.func.vmap(call)(many)
-    torch.testing.assert_close(one, x @ kept.T)
-    torch.testing.assert_close(two, z)
+    layer = LU(3)
+    mine = layer.weight()
+    other = copy.deepcopy(layer)
+    other.packed.add_(1)
+    moved, x = other.weight(), torch.randn(2, 3)
+    with cached(layer):
+        layer(x)
+        many = torch.stack([layer.packed, layer.packed + 1])
+        call = lambda packed: torch.func.functional_call(layer, {"packed": packed}, (x,))[0]  # noqa: E731
+        one, two = torch.func.vmap(call)(many)
+    torch.testing.assert_close(one, x @ mine.T)
+    torch.testing.assert_close(two, x @ moved.T)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: LU(4), lambda: Triangular(4), lambda: Invertible1x1Conv(4)]
-)
-def test_layers_are_right_after_a_step_between_two_evaluations(make: type[LU], tmp_path) -> None:
-    layer = make().eval()
-    x = torch.randn(3, 4) if not isinstance(layer, Invertible1x1Conv) else torch.randn(3, 4, 2, 2)
-    for _ in range(3):
-        with torch.no_grad():
-            z, log_det = layer(x)
-            back, minus = layer.inverse(z)
-            torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(log_det, -minus)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
-        (layer(x)[0].square().mean()).backward()
-        optimizer.step()
-    checkpoints.save(layer, tmp_path / "layer.safetensors")
-    other = make().eval()
-    with torch.no_grad():
-        other(x)
-        checkpoints.load(other, tmp_path / "layer.safetensors")
-        torch.testing.assert_close(other(x)[0], layer(x)[0])
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: LU(4), lambda: Triangular(4), lambda: Invertible1x1Conv(4)])
+def test_results_are_the_same_with_and_without(make: type[Layer]) -> None:
+    layer = make()
+    randomize_parameters(layer)
+    x = torch.randn(3, 4, 2, 2) if isinstance(layer, Invertible1x1Conv) else torch.randn(3, 4)
+    plain = [*layer(x), *layer.inverse(x)]
+    with cached(layer):
+        for _ in range(2):
+            for one, other in zip(plain, [*layer(x), *layer.inverse(x)], strict=True):
+                assert torch.equal(one, other)
+
+
+def test_importing_nflib_hooks_no_optimizer() -> None:
+    from torch.optim import optimizer
+
+    assert not optimizer._global_optimizer_post_hooks
+    assert not optimizer._global_optimizer_pre_hooks

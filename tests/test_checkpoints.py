@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
+import http.server
 import json
 import os
 import pickle
 import subprocess
+import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,10 @@ import torch
 from nflib import checkpoints
 from nflib.checkpoints import CheckpointError, find, load, save
 from nflib.core import Compose, Flow, StandardNormal
+from nflib.dequantization import UniformDequantization
 from nflib.linear import LU, Diagonal
+from nflib.models import glow
+from nflib.normalization import ActNorm
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +58,49 @@ def test_another_model_is_one_sentence_and_nothing_is_loaded(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="which the model does not know"):
         load(Flow(Compose(LU(3)), StandardNormal(3)), path)
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_files_from_before_actnorm_stored_its_flag_are_read(tmp_path: Path) -> None:
+    model = Flow(Compose(ActNorm(3), LU(3)), StandardNormal(3))
+    model.bijection.initialize(torch.randn(64, 3) * 4)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    old = {k: v for k, v in state.items() if not k.endswith(".initialized")}
+    assert len(old) == len(state) - 1
+    checkpoints.write(tmp_path / "old.safetensors", old, {})
+    other = Flow(Compose(ActNorm(3), LU(3)), StandardNormal(3))
+    load(other, tmp_path / "old.safetensors")
+    x = torch.randn(4, 3)
+    assert torch.equal(other.log_prob(x), model.log_prob(x))
+    # What only the flag completes is no checkpoint of the model, and leaves no trace.
+    del old["model.bijection.bijections.0.bias"]
+    checkpoints.write(tmp_path / "cut.safetensors", old, {})
+    untouched = Flow(Compose(ActNorm(3), LU(3)), StandardNormal(3))
+    before = {k: v.clone() for k, v in untouched.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"no tensor '.*\.bias', which the model expects"):
+        load(untouched, tmp_path / "cut.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in untouched.state_dict().items())
+
+
+def test_another_number_of_grey_levels_is_one_sentence(tmp_path: Path) -> None:
+    def images(levels: int) -> Flow:
+        return Flow(Compose(UniformDequantization(levels), LU(3)), StandardNormal(3))
+
+    path = save(images(17), tmp_path / "m.safetensors", task="digits")
+    assert load(images(17), path) == {"levels": 17, "task": "digits"}
+    with pytest.raises(
+        CheckpointError, match=r"another model: it is for 17 grey levels, the model expects 256\.$"
+    ):
+        load(images(256), path)
+    # A file that says nothing, and a model that knows of none, fit as far as one can tell.
+    checkpoints.write(path, checkpoints.read(path)[0], {})
+    load(images(256), path)
+
+
+def test_the_weights_of_the_course_fit_its_models() -> None:
+    load(
+        glow((1, 28, 28), levels=2, steps=8, hidden=64, grey_levels=256),
+        find("data/mnist_glow.safetensors"),
+    )
 
 
 def test_pickles_are_refused_unread(tmp_path: Path) -> None:
@@ -151,18 +201,15 @@ def test_an_unknown_name_is_one_sentence() -> None:
         find("results/nothing.json")
 
 
-def test_without_a_clone_the_file_comes_from_the_repository_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import functools
-    import http.server
-    import threading
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-    site = tmp_path / "site"
-    (site / "raw" / "main" / "results").mkdir(parents=True)
-    file = site / "raw" / "main" / "results" / "a.json"
-    file.write_text('{"a": 1}')
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that a server shows in place of the repository, to an nflib without a clone."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "elsewhere" / "nflib" / "x.py"))
@@ -170,14 +217,89 @@ def test_without_a_clone_the_file_comes_from_the_repository_checked(
             checkpoints, "repository", lambda: f"http://127.0.0.1:{server.server_port}"
         )
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        digest = checkpoints.sha256(file)
-        monkeypatch.setattr(checkpoints, "_registry", lambda: {"results/a.json": digest})
-        assert find("results/a.json").read_text() == '{"a": 1}'
-        file.write_text('{"a": 2}')
-        assert find("results/a.json").read_text() == '{"a": 1}'  # from the cache
-        monkeypatch.setattr(checkpoints, "_registry", lambda: {"results/a.json": "0" * 64})
-        with pytest.raises(CheckpointError, match="could not be fetched"):
-            find("results/a.json")
+        yield folder
         server.shutdown()
+
+
+def installed_from(monkeypatch: pytest.MonkeyPatch, origin: dict[str, object] | None) -> None:
+    """Let pip have noted this origin of nflib; None as for a release from an index."""
+
+    class Distribution:
+        version = "0.1.0"
+
+        def read_text(self, name: str) -> str | None:
+            return json.dumps(origin) if origin and name == "direct_url.json" else None
+
+    monkeypatch.setattr(metadata, "distributions", lambda name: [Distribution()])
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, site: Path, revision: str, content: str) -> Path:
+    """Put results/a.json on the server and its sha256 into the registry."""
+    file = site / "raw" / revision / "results" / "a.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    digest = checkpoints.sha256(file)
+    monkeypatch.setattr(checkpoints, "_registry", lambda: {"results/a.json": digest})
+    return file
+
+
+FROM_GIT = {"url": "https://host/it", "vcs_info": {"vcs": "git", "commit_id": COMMIT}}
+EDITABLE = {"url": "file:///home/ada/it", "dir_info": {"editable": True}}
+
+
+@pytest.mark.parametrize(
+    ("origin", "revision"), [(FROM_GIT, COMMIT), (None, "v0.1.0"), (EDITABLE, "main")]
+)
+def test_what_is_fetched_belongs_to_what_is_installed(
+    origin: dict[str, object] | None,
+    revision: str,
+    site: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed_from(monkeypatch, origin)
+    publish(monkeypatch, site, revision, '{"a": 1}')
+    if revision != "main":
+        newest = site / "raw" / "main" / "results" / "a.json"
+        newest.parent.mkdir(parents=True)
+        newest.write_text('{"a": 2}')
+    assert find("results/a.json").read_text() == '{"a": 1}'
+
+
+def test_a_fetched_file_stays_in_the_cache(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed_from(monkeypatch, EDITABLE)
+    file = publish(monkeypatch, site, "main", '{"a": 1}')
+    found = find("results/a.json")
+    file.write_text('{"a": 2}')
+    assert find("results/a.json") == found
+    assert found.read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [(EDITABLE, r"\(version 0\.1\.0\)"), (FROM_GIT, r"\(version 0\.1\.0, commit 0123456\)")],
+)
+def test_a_file_that_has_changed_says_to_update(
+    origin: dict[str, object], words: str, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed_from(monkeypatch, origin)
+    file = publish(monkeypatch, site, COMMIT if origin is FROM_GIT else "main", '{"a": 1}')
+    file.write_text('{"a": 2}')
+    with pytest.raises(
+        CheckpointError,
+        match=rf"a\.json has changed since this nflib {words} was installed; update nflib: "
+        r'pip install --upgrade .* "git\+http://[\d.:]+", and start Python anew\.$',
+    ):
+        find("results/a.json")
+
+
+def test_a_file_that_cannot_be_fetched_is_one_sentence(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed_from(monkeypatch, EDITABLE)
+    file = publish(monkeypatch, site, "main", '{"a": 1}')
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"could not be fetched from .*main.*: 404"):
+        find("results/a.json")
+    monkeypatch.setattr(checkpoints, "repository", lambda: "http://127.0.0.1:1")
     with pytest.raises(CheckpointError, match="neither in a clone nor in the cache"):
         find("results/a.json")

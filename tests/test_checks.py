@@ -174,7 +174,6 @@ def test_a_lost_precision_is_found() -> None:
 
     class Product(Diagonal):
         def forward(self, x: Tensor, context: Tensor | None = None) -> Pair:
-            self.check_input(x, context)
             return x @ torch.diag(self.log_scale.exp()), self.log_scale.sum().expand(len(x))
 
     with pytest.raises(PrecisionError, match="under autocast"):

@@ -24,9 +24,9 @@ from nflib.linear import LU, Dense, Diagonal
 from nflib.planar import Planar, Radial, Sylvester
 
 
-def small_flow(context_dim: int | None = None) -> Flow:
+def small_flow(context_shape: int | None = None) -> Flow:
     flow = Flow(
-        Compose(LU(2), Planar(2, context_dim), Inverse(Radial(2, context_dim)), Diagonal(2)),
+        Compose(LU(2), Planar(2, context_shape), Inverse(Radial(2, context_shape)), Diagonal(2)),
         StandardNormal(2),
     )
     randomize_parameters(flow, seed=1)
@@ -68,7 +68,7 @@ def test_flow_is_a_density_with_and_without_context() -> None:
 def test_samples_follow_the_density() -> None:
     flow = small_flow()
     with torch.no_grad():
-        x, log_prob = flow.sample_with_log_prob(20_000)
+        x, log_prob = flow.rsample_with_log_prob(20_000)
         torch.testing.assert_close(flow.log_prob(x), log_prob, atol=1e-3, rtol=1e-3)
         # Probability of a box: by counting samples, and by integrating the density.
         inside = ((x > -1) & (x < 1)).all(1).double().mean().item()
@@ -80,7 +80,7 @@ def test_samples_follow_the_density() -> None:
 
 def test_sampling_is_reparameterised() -> None:
     flow = small_flow()
-    x, log_prob = flow.sample_with_log_prob(16)
+    x, log_prob = flow.rsample_with_log_prob(16)
     (x.square().sum() + log_prob.sum()).backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in flow.parameters())
     check_gradients(small_flow(), torch.randn(8, 2))
@@ -99,7 +99,7 @@ def test_sample_with_one_or_n_rows_of_context() -> None:
     flow = small_flow(2)
     assert flow.sample(7, torch.randn(1, 2)).shape == (7, 2)
     assert flow.sample(7, torch.randn(7, 2)).shape == (7, 2)
-    with pytest.raises(ShapeError, match="1 or 7 rows, got 3"):
+    with pytest.raises(ShapeError, match=r"context of shape \(7, 2\), or one row for all, got \(3, 2\)"):
         flow.sample(7, torch.randn(3, 2))
 
 
@@ -145,7 +145,7 @@ def test_likelihood_is_the_weakest_word() -> None:
 
 def test_float64_stays_float64() -> None:
     flow = small_flow().double()
-    x, log_prob = flow.sample_with_log_prob(3)
+    x, log_prob = flow.rsample_with_log_prob(3)
     assert x.dtype == log_prob.dtype == flow.log_prob(x).dtype == torch.float64
 
 
@@ -172,16 +172,16 @@ def test_initialize_walks_through_the_layers() -> None:
 
 
 def test_wrong_parts_are_one_sentence() -> None:
-    with pytest.raises(TypeError, match="bijections, got Linear at position 1"):
+    with pytest.raises(ValueError, match="Compose expects layers .*, got an object of Linear at position 1"):
         Compose(LU(2), torch.nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="bijection first, got StandardNormal"):
+    with pytest.raises(ValueError, match="bijection first, got an object of StandardNormal"):
         Flow(StandardNormal(2), LU(2))  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match="positive integers"):
+    with pytest.raises(ValueError, match="StandardNormal expects shape to be"):
         StandardNormal(0)
-    with pytest.raises(ShapeError, match=r"StandardNormal expects shape \(batch, 3\)"):
-        Flow(LU(2), StandardNormal(3)).log_prob(torch.randn(4, 2))
+    with pytest.raises(ShapeError, match=r"Flow expects a base over the noise .* \(2,\), got"):
+        Flow(LU(2), StandardNormal(3))
     for kind in (LU, Dense, Diagonal, Planar, Sylvester):
-        with pytest.raises(ShapeError, match="positive dim|rank"):
+        with pytest.raises(ValueError, match=f"^{kind.__name__} expects dim to be a whole number"):
             kind(0)
 
 

@@ -108,7 +108,7 @@ def test_the_conditioner_sees_nothing_of_the_moved_entries(name: str) -> None:
     keep = torch.tensor(picture).bool()
     layer = coupling(mask, keep).double()
     x = torch.randn(3, *keep.shape, dtype=torch.float64).requires_grad_()
-    theta = layer._theta(layer.mask.split(x)[0], None)
+    theta = layer.theta(layer.mask.split(x)[0], None)
     (gradient,) = torch.autograd.grad(theta.square().sum(), x)
     assert not gradient[:, ~keep].any()
     assert gradient[:, keep].any()
@@ -134,7 +134,7 @@ def test_a_new_coupling_is_the_identity() -> None:
 @pytest.mark.parametrize("net", [conv, residual, gated], ids=["conv", "residual", "gated"])
 @pytest.mark.parametrize("mask", [checkerboard(2, 3, 2), channels(2)], ids=["board", "channels"])
 def test_an_image_may_be_the_context(net: Callable[..., nn.Module], mask: Mask) -> None:
-    layer = Coupling(mask, Affine(), lambda i, o: net(i, o, context=(1, 3, 2)))
+    layer = Coupling(mask, Affine(), lambda i, o: net(i, o, context_shape=(1, 3, 2)))
     assert layer.context_shape == (1, 3, 2)
     x, context = torch.randn(3, 2, 3, 2), torch.randn(3, 1, 3, 2)
     check_bijection(layer, x, context)
@@ -158,7 +158,7 @@ def test_a_conditioner_of_ones_own_may_be_any_function_of_the_kept_part() -> Non
     torch.testing.assert_close(z, torch.cat([x[:, :2], x[:, 2:] + 2 * x[:, :2]], 1))
 
 
-ONE_SENTENCE = r"^\w+ expects .*, got .*\.$"
+ONE_SENTENCE = r"^[\w.]+ expects .*, got .*\.$"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ ONE_SENTENCE = r"^\w+ expects .*, got .*\.$"
     ],
 )
 def test_masks_that_part_nothing_are_one_sentence(make: Callable[[], Mask]) -> None:
-    with pytest.raises(ShapeError, match=ONE_SENTENCE):
+    with pytest.raises(ValueError, match=ONE_SENTENCE):
         make()
 
 
@@ -196,7 +196,7 @@ def test_masks_that_part_nothing_are_one_sentence(make: Callable[[], Mask]) -> N
 )
 def test_wrong_events_are_one_sentence(layer: Coupling, shape: tuple[int, ...]) -> None:
     for function in (layer, layer.inverse):
-        with pytest.raises(ShapeError, match=ONE_SENTENCE):
+        with pytest.raises(ValueError, match=ONE_SENTENCE):
             function(torch.randn(shape))
 
 
@@ -204,7 +204,7 @@ def test_wrong_events_are_one_sentence(layer: Coupling, shape: tuple[int, ...]) 
 def test_a_conditioner_of_the_wrong_size_is_one_sentence(extra: int) -> None:
     layer = Coupling(halves(4), Affine(), lambda i, o: mlp(i, o + extra))
     expected = (
-        rf"^Coupling expects its conditioner to return shape \(3, 4\), got \(3, {4 + extra}\)"
+        rf"^Coupling expects its conditioner to return shape \(3, 4\), got a tensor of shape"
     )
     with pytest.raises(ShapeError, match=expected):
         layer(torch.randn(3, 4))
@@ -247,7 +247,7 @@ def test_the_conditioner_sees_a_clamped_input() -> None:
     torch.testing.assert_close(layer(outer)[0][:, 2:], layer(inner)[0][:, 2:])
     assert not torch.allclose(layer(inner / 2)[0][:, 2:], layer(inner)[0][:, 2:])
     check_bijection(layer, 5 * torch.randn(6, 4))
-    with pytest.raises(ValueError, match="^Coupling expects a positive limit, got 0.$"):
+    with pytest.raises(ValueError, match="^Coupling expects limit to be a number above 0, got 0.$"):
         Coupling(halves(4), Affine(), mlp, limit=0)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from nflib.arguments import ArgumentError
 from nflib.core import ShapeError
 from nflib.discrete import Head, LogisticMixture, Softmax
 
@@ -123,7 +127,73 @@ def test_wrong_shapes_are_one_sentence(name: str) -> None:
 
 
 def test_wrong_sizes_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match="^Softmax expects at least 2 levels and 1 channel"):
-        Softmax(1)
-    with pytest.raises(ValueError, match="^LogisticMixture expects a component or more, got 0"):
-        LogisticMixture(4, 1, 0)
+    for make, message in (
+        (lambda: Softmax(1), "Softmax expects levels to be a whole number of at least 2, got 1"),
+        (lambda: Softmax(2.0), "Softmax expects levels .*, got 2.0"),
+        (lambda: Softmax(4, 0), "Softmax expects channels .* at least 1, got 0"),
+        (lambda: LogisticMixture(4, 1, 0), "LogisticMixture expects components .*, got 0"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"^{message}\.$"):
+            make()
+    assert repr(LogisticMixture(np.int64(4))) == (
+        "LogisticMixture(levels=4, channels=1, components=5)"
+    )
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 4096, 65536])
+@pytest.mark.parametrize("log_scale", [-30.0, -9.0, 0.0, 30.0])
+def test_a_mixture_serves_any_number_of_levels_in_float32(levels: int, log_scale: float) -> None:
+    head = LogisticMixture(levels, components=2)
+    x = torch.arange(levels)[:, None]
+    level = levels // 3
+    p = torch.tensor([0.0, 1.0, 2 * level / (levels - 1) - 1, 0.4, log_scale, log_scale])
+    p = p.repeat(levels, 1).requires_grad_()
+    log_prob = head.log_prob(x, p)
+    assert log_prob.dtype == torch.float32
+    assert log_prob.exp().double().sum().item() == pytest.approx(1, abs=2e-4)
+    log_prob.sum().backward()
+    assert p.grad is not None
+    assert torch.isfinite(p.grad).all()
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 12, 16])
+def test_one_level_can_be_nearly_certain(bits: int) -> None:
+    head, level = LogisticMixture(2**bits, components=1), 2 ** (bits - 1)
+    p = torch.tensor([[0.0, 2 * level / (2**bits - 1) - 1, -30.0]])
+    assert head.log_prob(torch.tensor([[level]]), p).exp() > 0.97
+    # And is as likely to be drawn.
+    u = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
+    assert (head.sample(p.expand(2000, 3), u) == level).double().mean() > 0.96
+
+
+def test_the_floor_of_the_scale_is_that_of_256_levels_up_to_there() -> None:
+    assert [LogisticMixture(k).min_log_scale for k in (2, 17, 256)] == [-7, -7, -7]
+    assert LogisticMixture(511).min_log_scale == pytest.approx(-7 - math.log(2))
+
+
+@every
+def test_cooled_parameters_draw_likelier_values(name: str) -> None:
+    head = HEADS[name]
+    x = all_values(head)
+    p = parameters(head, len(x), scale=1.0)
+    one, half = (head.log_prob(x, head.cooled(p, t)).exp() for t in (1.0, 0.5))
+    torch.testing.assert_close(one, head.log_prob(x, p).exp())
+    torch.testing.assert_close(half.sum(), torch.ones((), dtype=torch.float64))
+
+    def entropy(p: Tensor) -> float:
+        return -(p * p.clamp_min(1e-300).log()).sum().item()
+
+    assert entropy(half) < entropy(one)
+    if isinstance(head, Softmax):
+        torch.testing.assert_close(half, one.square() / one.square().sum())
+
+
+def test_a_head_that_is_not_written_says_so() -> None:
+    head = Head(2)
+    for call in (
+        lambda: head.log_prob(torch.zeros(1, 1), torch.zeros(1, 1)),
+        lambda: head.sample(torch.zeros(1, 1), torch.zeros(1, 1)),
+        lambda: head.cooled(torch.zeros(1, 1), 0.5),
+    ):
+        with pytest.raises(NotImplementedError, match=r"^Head does not define \w+\(.*\)\.$"):
+            call()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import nflib.elementwise
+from nflib.arguments import ArgumentError
 from nflib.checks import check_normalized, randomize_parameters
-from nflib.core import Flow, ShapeError, StandardNormal
+from nflib.core import Flow, StandardNormal
 from nflib.elementwise import (
     Additive,
     Affine,
@@ -20,6 +20,7 @@ from nflib.elementwise import (
     NotInvertedError,
     Pointwise,
     RationalQuadraticSpline,
+    mixture,
 )
 
 MAPS: dict[str, Elementwise] = {
@@ -124,13 +125,13 @@ def test_round_trip_and_log_slope_equal_autograd(name: str, scale: float) -> Non
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("inverse", [False, True])
-def test_a_replay_finds_the_entries_and_maps_them_once_more(name: str, inverse: bool) -> None:
+def test_rebuild_finds_the_entries_and_maps_them_once_more(name: str, inverse: bool) -> None:
     tau = MAPS[name]
     theta = draw(tau, 200, dtype=torch.float64).requires_grad_()
     given = (3 * torch.randn(200, 1, dtype=torch.float64)).requires_grad_()
     there = tau.inverse if inverse else tau.forward
     expected = there(given, theta)
-    x, outputs = tau.replay(expected[0].detach(), theta, inverse)
+    x, outputs = tau.rebuild(expected[0].detach(), theta, inverse)
     torch.testing.assert_close(x, given, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
     wanted, found = (
@@ -140,11 +141,11 @@ def test_a_replay_finds_the_entries_and_maps_them_once_more(name: str, inverse: 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_replay_of_a_spline_looks_up_its_knots_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebuilding_with_a_spline_looks_up_its_knots_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tau, calls = RationalQuadraticSpline(5), []
     knots = tau._knots
     monkeypatch.setattr(tau, "_knots", lambda theta: calls.append(1) or knots(theta))
-    tau.replay(torch.randn(9, 1), draw(tau, 9), inverse=False)
+    tau.rebuild(torch.randn(9, 1), draw(tau, 9), inverse=False)
     assert calls == [1]
 
 
@@ -223,20 +224,83 @@ def test_the_splines_derivative_is_continuous() -> None:
     assert (middle - left[1:]).abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 20.0, 100.0])
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_the_splines_gradients_are_finite_everywhere(direction: str, scale: float) -> None:
+every_direction = pytest.mark.parametrize("direction", ["forward", "inverse"])
+sizes = pytest.mark.parametrize("size", [0.0, 1.0, 5.0, 20.0, 100.0])
+
+
+def critical(tau: RationalQuadraticSpline, theta: Tensor, direction: str) -> Tensor:
+    """Knots, edges and their neighbours, the tails, and ordinary numbers, ``(points, 1)``."""
+    knots = tau.knots(theta)[0 if direction == "forward" else 1][0, :, 0].detach()
+    far = torch.tensor([-1e30, -50.0, -4.1, 4.1, 50.0, 1e30], dtype=theta.dtype)[:, None]
+    return torch.cat([around_the_knots(knots), far, 3 * torch.randn(200, 1, dtype=theta.dtype)])
+
+
+@sizes
+@every_direction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_splines_gradients_are_finite_everywhere(
+    direction: str, size: float, dtype: torch.dtype
+) -> None:
     tau = RationalQuadraticSpline(8, limit=4.0)
     for seed in range(5):
         torch.manual_seed(seed)
-        theta = draw(tau, 1, scale).requires_grad_()
-        knots = tau.knots(theta)[0 if direction == "forward" else 1][0, :, 0].detach()
-        far = column(-1e30, -1e3, -4.1, 4.1, 1e3, 1e30)
-        x = torch.cat([around_the_knots(knots), far, 3 * torch.randn(500, 1)]).requires_grad_()
+        theta = draw(tau, 1, size, dtype=dtype).requires_grad_()
+        x = critical(tau, theta, direction).requires_grad_()
         z, log_slope = getattr(tau, direction)(x, theta.expand(len(x), -1, -1))
         gradients = torch.autograd.grad((z + log_slope).sum(), (x, theta))
         for tensor in (z, log_slope, *gradients):
             assert torch.isfinite(tensor).all()
+
+
+@sizes
+@every_direction
+def test_rounding_hardly_moves_the_splines_values_and_gradients(
+    direction: str, size: float
+) -> None:
+    """In float32 and float64, from the same knots: what differs is the rounding of the formulas."""
+    tau = RationalQuadraticSpline(8, limit=4.0)
+    row = 0 if direction == "forward" else 1
+    function = tau._fall if row else tau._rise
+    for seed in range(5):
+        torch.manual_seed(seed)
+        theta = draw(tau, 1, size)
+        x = critical(tau, theta, direction)
+        corners = torch.stack(tau._bin(x, theta.expand(len(x), -1, -1), row))
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            at, c = (t.to(dtype).requires_grad_() for t in (x, corners))
+            z, log_slope = function(at, *c)
+            for out in (z, log_slope):
+                gradients = torch.autograd.grad(out.sum(), (at, c), retain_graph=True)
+                found.append((out, gradients[0], *gradients[1]))
+        for single, double in zip(found[:2], found[2:], strict=True):
+            # Beside the largest of a point's gradients, which may be hundreds.
+            largest = 1 + torch.stack([g.abs() for g in double[1:]]).amax(0)
+            for k, (a, b) in enumerate(zip(single, double, strict=True)):
+                unit = largest if k else 1 + b.abs()
+                assert ((a - b).abs() / unit).max() < 3e-3
+
+
+@sizes
+def test_the_gradients_of_the_splines_inverse_are_those_of_the_implicit_function(
+    size: float,
+) -> None:
+    """``dx/dz = 1 / f'(x)`` and ``dx/dtheta = -(df/dtheta) / f'(x)``, at knots and elsewhere."""
+    tau = RationalQuadraticSpline(8, limit=4.0)
+    theta = draw(tau, 1, size, dtype=torch.float64)
+    z = critical(tau, theta, "inverse")
+    theta = theta.expand(len(z), -1, -1).clone().requires_grad_()
+    z.requires_grad_()
+    x, _ = tau.inverse(z, theta)
+    by_z, by_theta = torch.autograd.grad(x.sum(), (z, theta))
+    x = x.detach().requires_grad_()
+    back, log_slope = tau.forward(x, theta)
+    (back_by_theta,) = torch.autograd.grad(back.sum(), theta)
+    slope = log_slope.detach().exp()
+    inside = slope[:, 0] > 1e-4  # flatter, an x rounded at the 16th digit is another point
+    torch.testing.assert_close(by_z[inside], 1 / slope[inside], rtol=1e-5, atol=1e-7)
+    expected = -back_by_theta / slope.unsqueeze(1)
+    torch.testing.assert_close(by_theta[inside], expected[inside], rtol=1e-4, atol=1e-6)
 
 
 # Mixture and monotone network
@@ -287,22 +351,55 @@ def test_the_inverses_gradient_equals_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEARCHING)
 def test_a_broken_search_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = nflib.elementwise.solve_increasing
+    honest = mixture.solve_increasing
     tau = SEARCHING[name]
     z, theta = torch.randn(5, 1), draw(tau, 5)
     for wrong in (lambda x: x + 0.01, lambda x: torch.full_like(x, torch.nan)):
-        search: Callable[..., Tensor] = lambda *a, wrong=wrong: wrong(honest(*a))  # noqa: E731
-        monkeypatch.setattr(nflib.elementwise, "solve_increasing", search)
+
+        def search(*args: Tensor, wrong: Callable[[Tensor], Tensor] = wrong, **_: int) -> Tensor:
+            return wrong(honest(*args))
+
+        monkeypatch.setattr(mixture, "solve_increasing", search)
         with pytest.raises(NotInvertedError, match=rf"^{type(tau).__name__} expects .* by .*\.$"):
             tau.inverse(z, theta)
 
 
 @pytest.mark.parametrize("name", SEARCHING)
-def test_an_infinite_sample_is_an_error_and_an_empty_batch_is_not(name: str) -> None:
+def test_a_sample_that_is_no_number_leaves_the_others_alone(name: str) -> None:
     tau = SEARCHING[name]
-    with pytest.raises(NotInvertedError):
-        tau.inverse(column(torch.nan), draw(tau, 1))
+    z, theta = torch.randn(6, 1), draw(tau, 6)
+    expected = tau.inverse(z, theta)
+    z[2], theta[4, 0] = torch.nan, torch.inf
+    for found, whole in zip(tau.inverse(z, theta), expected, strict=True):
+        assert found[2].isnan()
+        assert found[4].isnan()
+        torch.testing.assert_close(found[[0, 1, 3, 5]], whole[[0, 1, 3, 5]])
     assert tau.inverse(torch.zeros(0, 1), draw(tau, 0))[0].shape == (0, 1)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_can_be_vmapped(name: str) -> None:
+    tau = MAPS[name]
+    x, theta = torch.randn(5, 3, 1), draw(tau, 15).unflatten(0, (5, 3))
+    for function in (tau.forward, tau.inverse):
+        whole = function(x.flatten(0, 1), theta.flatten(0, 1))
+        for mapped, expected in zip(torch.vmap(function)(x, theta), whole, strict=True):
+            torch.testing.assert_close(mapped.flatten(0, 1), expected)
+
+
+def test_a_search_goes_on_where_units_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A staircase whose bracket is a thousand times wider than a step: 20 rounds do not do."""
+    tau = MonotoneNet()
+    generator = torch.Generator().manual_seed(0)
+    theta = 200 * torch.rand(20_000, tau.count, 1, generator=generator) - 100
+    x = torch.cat([torch.randn(19_900, 1), 50 * torch.randn(100, 1)])
+    z, _ = tau.forward(x, theta)
+    again, _ = tau.forward(tau.inverse(z, theta)[0], theta)
+    assert ((again - z).abs() / (1 + z.abs())).max() < 1e-3
+    honest = mixture.solve_increasing
+    monkeypatch.setattr(mixture, "solve_increasing", lambda *a, rounds=None: honest(*a))
+    with pytest.raises(NotInvertedError):
+        tau.inverse(z, theta)
 
 
 # Pointwise
@@ -317,13 +414,17 @@ def test_one_dimensional_densities_integrate_to_one(name: str) -> None:
 
 
 def test_pointwise_gives_each_entry_its_own_parameters() -> None:
-    layer = Pointwise(Additive(), 2, 3)
+    layer = Pointwise(Additive(), (2, 3))
     torch.nn.init.normal_(layer.theta)
     x = torch.randn(4, 2, 3)
     torch.testing.assert_close(layer(x)[0], x + layer.theta[0, 0])
-    for sizes in ((), (0,), (2, -1)):
-        with pytest.raises(ShapeError, match=r"^Pointwise expects .*, got .*\.$"):
-            Pointwise(Additive(), *sizes)
+
+
+def test_a_pointwise_layer_shows_its_map() -> None:
+    layer = Pointwise(RationalQuadraticSpline(4, limit=3.0), (2, 3))
+    assert repr(layer) == (
+        "Pointwise(RationalQuadraticSpline(bins=4, limit=3.0, minimum=0.001), (2, 3))"
+    )
 
 
 @pytest.mark.parametrize(
@@ -340,10 +441,15 @@ def test_pointwise_gives_each_entry_its_own_parameters() -> None:
         lambda: MonotoneNet(0),
         lambda: MonotoneNet(2, 0),
         lambda: MonotoneNet(bound=-1.0),
+        lambda: Pointwise(Additive(), ()),
+        lambda: Pointwise(Additive(), 0),
+        lambda: Pointwise(Additive(), (2, -1)),
+        lambda: Pointwise(Additive, 2),
+        lambda: Pointwise(torch.nn.Tanh(), 2),
     ],
 )
-def test_bad_arguments_are_one_sentence(make: Callable[[], Elementwise]) -> None:
-    with pytest.raises(ValueError, match=r"^\w+ expects .*, got .*\.$"):
+def test_bad_arguments_are_one_sentence(make: Callable[[], object]) -> None:
+    with pytest.raises(ArgumentError, match=r"^\w+ expects .*, got .*\.$"):
         make()
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nflib.cache import kept
 from nflib.core import Compose, Flow, StandardNormal
+from nflib.dequantization import Logit
 from nflib.linear import LU
 from nflib.metrics import bits_per_dim, evaluate, log_probs
 
@@ -54,10 +58,6 @@ def test_evaluate_is_the_mean_of_log_prob() -> None:
 
 
 def test_any_model_with_log_prob_and_context() -> None:
-    class Shifted:
-        def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
-            return -(x - context).square().sum(1)
-
     x, context = torch.randn(10, 2), torch.randn(10, 2)
     torch.testing.assert_close(
         log_probs(Shifted(), x, context, batch_size=3), -(x - context).square().sum(1)
@@ -101,5 +101,82 @@ def test_samples_go_over_every_batch_and_leave_an_exact_model_as_it_is() -> None
     torch.testing.assert_close(log_probs(flow, x, samples=5), flow.log_prob(x))
     # Probabilities far too small for a float are no obstacle.
     torch.testing.assert_close(log_probs(flow, 1e3 * x, samples=5), flow.log_prob(1e3 * x))
-    with pytest.raises(ValueError, match="at least one sample, got 0"):
+    with pytest.raises(ValueError, match="samples to be a whole number of at least 1, got 0"):
         evaluate(flow, x, samples=0)
+
+
+class Shifted:
+    def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
+        return -(x - context).square().sum(1)
+
+
+@pytest.mark.parametrize("function", [evaluate, log_probs])
+@pytest.mark.parametrize("rows", [2048, 8192, 1])
+def test_each_row_has_its_context(function: Any, rows: int) -> None:
+    x, context = torch.randn(4096, 2), torch.randn(rows, 2)
+    message = f"{function.__name__} expects a context for each of the 4096 rows of x, got {rows}."
+    with pytest.raises(ValueError, match=message):
+        function(Shifted(), x, context)
+
+
+def test_arrays_are_scored_like_tensors() -> None:
+    flow, x = Flow(LU(3), StandardNormal(3)), torch.randn(10, 3)
+    assert evaluate(flow, x.double().numpy()).nats == pytest.approx(evaluate(flow, x).nats)
+    assert torch.equal(log_probs(flow, x.numpy()), log_probs(flow, x))
+    assert log_probs(flow.double(), x.numpy()).dtype == torch.float64
+    both = log_probs(Shifted(), x.numpy()[:, :2], numpy.zeros((10, 2), dtype=numpy.float32))
+    torch.testing.assert_close(both, -x[:, :2].square().sum(1))
+    with pytest.raises(ValueError, match="evaluate expects x as a tensor or NumPy array of rows"):
+        evaluate(flow, [[1.0, 2.0, 3.0]])
+
+
+def test_data_that_a_model_cannot_take_are_refused_before_anything_runs() -> None:
+    flow = Flow(Compose(Logit(), LU(4)), StandardNormal(4))
+    for function in (evaluate, log_probs):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            function(flow, 2 * torch.rand(10, 4) - 1)
+
+
+class Padded:
+    """A uniform model of 256 levels; what is negative is padding."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -math.log(256) * self.dims_of(x)
+
+    def dims_of(self, x: Tensor) -> Tensor:
+        return (x >= 0).sum(1)
+
+
+def test_bits_are_of_the_numbers_that_count() -> None:
+    x = torch.randint(0, 256, (8, 400))
+    for row, length in enumerate((100, 400, 7, 50, 1, 399, 250, 100)):
+        x[row, length:] = -1
+    score = evaluate(Padded(), x)
+    assert score.dims == pytest.approx(1307 / 8)
+    assert score.bits_per_dim() == pytest.approx(8)
+
+
+class Costly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.made = nn.Parameter(torch.ones(1)), 0
+
+    @kept
+    def matrix(self) -> Tensor:
+        self.made += 1
+        return self.scale * torch.eye(2)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -(x @ self.matrix()).square().sum(1)
+
+
+def test_matrices_are_made_once_for_all_batches() -> None:
+    model = Costly()
+    log_probs(model, torch.randn(100, 2), batch_size=10)
+    assert model.made == 1
+    with torch.no_grad():
+        model.scale.mul_(2)
+    x = torch.randn(100, 2)
+    torch.testing.assert_close(log_probs(model, x, batch_size=10), -(2 * x).square().sum(1))
+    evaluate(model, x, batch_size=10)
+    assert model.made == 3

@@ -31,7 +31,7 @@ OPTIONS = {
     "spline": {"elementwise": RationalQuadraticSpline(4), "linear": "permutation"},
     "mixture": {"elementwise": LogisticMixtureCDF(3), "linear": "dense"},
     "maf": {"flow": "maf"},
-    "residual network": {"network": partial(ResidualMLP, hidden=(8,), context=2)},
+    "residual network": {"network": partial(ResidualMLP, hidden=(8,), context_shape=2)},
 }
 
 
@@ -39,7 +39,7 @@ def small(shape: str, **options: object) -> Flow:
     if SHAPES[shape] == 12 and options.get("extraction") == "bands":
         pytest.skip("a vector has no bands")
     context = 2 if "network" in options else None
-    flow = mixerflow(SHAPES[shape], 2, 2, (8,), **{"context_dim": context} | options)  # type: ignore[arg-type]
+    flow = mixerflow(SHAPES[shape], 2, 2, (8,), **{"context_shape": context} | options)  # type: ignore[arg-type]
     randomize_parameters(flow, scale=0.2)
     return flow.eval()
 
@@ -58,7 +58,7 @@ def test_every_variant_is_a_bijection(name: str, shape: str) -> None:
 
 @pytest.mark.parametrize("flow", ["coupling", "maf"])
 def test_context_reaches_every_patch(flow: str) -> None:
-    model = small("grey", context_dim=2, flow=flow)
+    model = small("grey", context_shape=2, flow=flow)
     check_bijection(model.bijection, torch.randn(3, 1, 4, 6), torch.randn(3, 2), randomize=False)
     x = torch.randn(1, 1, 4, 6)
     one, other = (model.encode(x, torch.full((1, 2), c)) for c in (0.0, 1.0))
@@ -229,18 +229,18 @@ def test_it_learns_and_samples_pixels() -> None:
     ("build", "message"),
     [
         (lambda: Patches((1, 5, 4), 2), "tile the event of shape (1, 5, 4), got 2 x 2"),
-        (lambda: Patches((4, 4), 2), "an image or the size of a vector, got (4, 4)"),
-        (lambda: Bands(8, 2), "Bands expects the shape (channels, height, width)"),
-        (lambda: Bands((1, 8, 8), (2, 2)), "and a number of rows"),
+        (lambda: Patches((4, 4), 2), "the size of a vector, and a patch of at most two sides, got (4, 4) and (2,)"),
+        (lambda: Bands(8, 2), "Bands expects shape to be the shape (channels, height, width) of an image, got 8"),
+        (lambda: Bands((1, 8, 8), (2, 2)), "Bands expects rows to be a whole number of at least 1, got (2, 2)"),
         (lambda: Shift(), "how far to move"),
-        (lambda: Shift(1, 1)(torch.zeros(2, 3)), "an event of at least 2 dims, got (2, 3)"),
-        (lambda: AlongChannels(Patches((1, 4, 4), 2)), "a bijection of vectors"),
+        (lambda: Shift(1, 1)(torch.zeros(2, 3)), "shape (batch, ..., any, any), got (2, 3)"),
+        (lambda: AlongChannels(Patches((1, 4, 4), 2)), "a bijection from vectors to vectors"),
         (lambda: AlongChannels(LU(3))(torch.zeros(2, 3)), "shape (batch, any, 3), got (2, 3)"),
         (lambda: AlongPatches(LU(3))(torch.zeros(2, 4, 3)), "(batch, 3, any), got (2, 4, 3)"),
-        (lambda: AlongChannels(ActNorm(3))(torch.zeros(2, 3)), "(batch, any, any), got (2, 3)"),
+        (lambda: AlongChannels(ActNorm(3))(torch.zeros(2, 3)), "(batch, any, 3), got (2, 3)"),
         (
             lambda: Patches((1, 4, 4), 2).inverse(torch.zeros(1, 4, 5)),
-            "matrices of shape (batch, 4, 4), got (1, 4, 5)",
+            "Patches.inverse expects shape (batch, 4, 4), got (1, 4, 5)",
         ),
         (lambda: mixerflow((1, 4, 4), 2, extraction="tiles"), "'shifted', got 'tiles'"),
         (lambda: mixerflow((1, 4, 4), 2, mixing="rows"), "got 'rows'"),

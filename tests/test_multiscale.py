@@ -48,7 +48,7 @@ def test_squeeze_of_odd_sizes_is_one_sentence(size: tuple[int, int]) -> None:
 def test_squeezes_other_errors_are_one_sentence() -> None:
     with pytest.raises(ShapeError, match=r"^Squeeze.inverse expects a multiple of 4 channels"):
         Squeeze().inverse(torch.randn(2, 6, 2, 2))
-    with pytest.raises(ShapeError, match="positive factor, got 0"):
+    with pytest.raises(ValueError, match="factor to be a whole number of at least 1, got 0"):
         Squeeze(0)
     with pytest.raises(ShapeError, match=r"Squeeze expects shape \(batch, any, any, any\)"):
         Squeeze()(torch.randn(2, 4))
@@ -74,7 +74,7 @@ def test_all_latents_come_out_in_one_vector_and_go_back_in() -> None:
         x = torch.randn(3, *shape)
         z, log_det = layer(x)
         assert layer.sizes == sizes
-        assert z.shape == (3, sum(sizes)) == (3, *layer.output_shape(shape))
+        assert z.shape == (3, sum(sizes)) == (3, *(layer.output_shape(shape) or ()))
         assert log_det.shape == (3,)
         check_inverse(layer, x)
 
@@ -129,7 +129,7 @@ def test_initialize_reaches_the_layers_of_every_level() -> None:
 def test_levels_that_do_not_fit_are_one_sentence(
     shape: tuple[int, ...], levels: tuple[Bijection, ...]
 ) -> None:
-    with pytest.raises(ShapeError, match=r"^MultiScale expects .*, got .*\.$"):
+    with pytest.raises(ValueError, match=r"^MultiScale expects .*, got .*\.$"):
         MultiScale(shape, *levels)
 
 

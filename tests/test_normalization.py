@@ -204,12 +204,12 @@ def test_gradients_flow_through_the_statistics_of_a_batch() -> None:
 @pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 def test_wrong_sizes_are_one_sentence(kind: type[Bijection]) -> None:
     for dim in (0, -1, 2.0):
-        with pytest.raises(ShapeError, match=r"^\w+ expects a positive dim, got .*\.$"):
+        with pytest.raises(ValueError, match=r"^\w+ expects dim to be a whole number .*, got .*\.$"):
             kind(dim)  # type: ignore[call-arg]
     layer = kind(3)  # type: ignore[call-arg]
     for x in (torch.randn(5), torch.randn(5, 2), torch.randn(5, 2, 3)):
         for function in (layer, layer.inverse):
-            with pytest.raises(ShapeError, match=r"^\w+ expects shape .*, got .*\.$"):
+            with pytest.raises(ShapeError, match=r"^[\w.]+ expects shape .*, got .*\.$"):
                 function(x)
     with pytest.raises(ShapeError, match=r"^ActNorm expects shape .*, got .*\.$"):
         ActNorm(3).initialize(torch.randn(5, 2))

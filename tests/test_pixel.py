@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nflib.arguments import ArgumentError
 from nflib.checks import AutoregressiveError, check_autoregressive, jacobian, randomize_parameters
 from nflib.core import Shape, ShapeError
 from nflib.discrete import LogisticMixture, Softmax
@@ -74,28 +78,30 @@ def check_order(model: PixelModel) -> None:
     """No parameter sees its own or a later value: pixels in raster order, channels in theirs."""
     channels, height, width = model.shape
     context = contexts(model)
-    pixel = torch.arange(height * width)
-    position = model.order.argsort()
-    if model.groups > 1:
-        rank = (pixel[None] * channels + position[:, None]).flatten()
-    else:  # all channels of a pixel come together
-        rank = pixel.repeat(channels)
+    if model.groups == 1:  # all channels of a pixel come together, so they are moved together
+        weights = torch.rand(channels, 1, 1, dtype=torch.float64) + 0.5
 
-    def parameters(flat: Tensor) -> Tensor:
+        def by_pixel(flat: Tensor) -> Tensor:
+            x = flat.view(-1, 1, height, width) * weights
+            return model.parameters_of(x, context).flatten(2).transpose(1, 2)
+
+        check_autoregressive(by_pixel, images(model)[:, 0].flatten(1))
+        return
+    position = model.order.argsort()
+    rank = torch.arange(height * width)[None] * channels + position[:, None]
+
+    def by_channel(flat: Tensor) -> Tensor:
         found = model.parameters_of(flat.view(-1, *model.shape), context)
-        if model.groups > 1:
-            found = found.unflatten(1, (channels, -1)).index_select(1, position)
-        else:
-            found = found.unsqueeze(1).expand(-1, channels, -1, -1, -1)
+        found = found.unflatten(1, (channels, -1)).index_select(1, position)
         return found.movedim(2, -1).flatten(1, 3)
 
-    check_autoregressive(parameters, images(model).flatten(1), rank.tolist())
+    check_autoregressive(by_channel, images(model).flatten(1), rank.flatten().tolist())
 
 
 @every
-@pytest.mark.parametrize("context_dim", [None, 2])
-def test_no_parameter_sees_a_later_pixel(name: str, context_dim: int | None) -> None:
-    check_order(build(name, (1, 4, 6), context_dim=context_dim))
+@pytest.mark.parametrize("context_shape", [None, 2])
+def test_no_parameter_sees_a_later_pixel(name: str, context_shape: int | None) -> None:
+    check_order(build(name, (1, 4, 6), context_shape=context_shape))
 
 
 @every
@@ -160,11 +166,11 @@ def test_only_pixelcnn_has_a_blind_spot() -> None:
 
 
 @every
-@pytest.mark.parametrize("context_dim", [None, 2])
-def test_all_images_of_four_pixels_sum_to_one(name: str, context_dim: int | None) -> None:
-    model = build(name, (1, 2, 2), 2, context_dim=context_dim)
+@pytest.mark.parametrize("context_shape", [None, 2])
+def test_all_images_of_four_pixels_sum_to_one(name: str, context_shape: int | None) -> None:
+    model = build(name, (1, 2, 2), 2, context_shape=context_shape)
     x = torch.cartesian_prod(*[torch.arange(2)] * 4).view(16, 1, 2, 2)
-    context = None if context_dim is None else torch.ones(16, 2, dtype=torch.float64)
+    context = None if context_shape is None else torch.ones(16, 2, dtype=torch.float64)
     total = model.log_prob(x, context).exp().sum()
     torch.testing.assert_close(total, torch.ones((), dtype=torch.float64))
 
@@ -192,11 +198,11 @@ def test_values_of_the_last_pixel_sum_to_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("shape", [(1, 4, 6), (3, 4, 2)])
-@pytest.mark.parametrize("context_dim", [None, 2])
+@pytest.mark.parametrize("context_shape", [None, 2])
 def test_cached_and_naive_samples_are_the_same(
-    name: str, shape: Shape, context_dim: int | None
+    name: str, shape: Shape, context_shape: int | None
 ) -> None:
-    model = build(name, shape, 5, context_dim=context_dim)
+    model = build(name, shape, 5, context_shape=context_shape)
     context = contexts(model, 3)
     u = torch.rand(3, model.head.uniforms, *shape[1:], dtype=torch.float64)
     cached = model.sample(3, context, u=u)
@@ -244,7 +250,7 @@ def test_known_pixels_are_kept_and_conditioned_on(name: str) -> None:
 
 @every
 def test_a_context_changes_the_model(name: str) -> None:
-    model = build(name, (1, 4, 4), context_dim=2)
+    model = build(name, (1, 4, 4), context_shape=2)
     x = images(model)
     a, b = (model.log_prob(x, torch.full((2, 2), v, dtype=torch.float64)) for v in (0.0, 1.0))
     assert not torch.allclose(a, b)
@@ -267,10 +273,12 @@ def test_log_prob_compiles_whole(name: str) -> None:
     torch.testing.assert_close(whole(x), model(x))
 
 
-def test_integers_of_any_dtype_give_the_same() -> None:
-    model = build("PixelCNN", (1, 4, 4))
+@every
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
+def test_integers_of_any_dtype_give_the_same(name: str, dtype: torch.dtype) -> None:
+    model = build(name, (1, 4, 4), 256)
     x = images(model)
-    torch.testing.assert_close(model.log_prob(x.to(torch.uint8)), model.log_prob(x))
+    assert torch.equal(model.log_prob(x.to(dtype)), model.log_prob(x))
 
 
 def test_a_resumed_run_equals_one_without_a_pause(tmp_path: Path) -> None:
@@ -387,35 +395,197 @@ def test_the_diagonal_lstm_is_its_recurrence() -> None:
 
 
 def test_wrong_input_is_one_sentence() -> None:
-    model = PixelCNN((1, 4, 4), 3, 4, 1, context_dim=2)
-    one = torch.zeros(2, 1, 4, 4)
-    with pytest.raises(
-        ShapeError, match=r"^PixelCNN expects shape \(batch, 1, 4, 4\), got \(2, 1, 4, 5\)\.$"
+    model = PixelCNN((1, 4, 4), 3, 4, 1, context_shape=2)
+    one, c = torch.zeros(2, 1, 4, 4), torch.zeros(2, 2)
+    for wrong, message in (
+        (torch.zeros(2, 1, 4, 5), r"shape \(batch, 1, 4, 4\), got \(2, 1, 4, 5\)"),
+        (torch.zeros(()), r"shape \(batch, 1, 4, 4\), got \(\)"),
+        (one.numpy(), "a tensor, got .*; torch.as_tensor makes one"),
+        (one.bool(), "whole numbers, of any dtype for numbers, got torch.bool"),
+        (one.to("meta"), "its input on its own device cpu, got meta; move .*"),
     ):
-        model.log_prob(torch.zeros(2, 1, 4, 5), torch.zeros(2, 2))
-    with pytest.raises(ShapeError, match=r"^PixelCNN expects a context of shape \(2, 2\), got non"):
-        model.log_prob(one)
-    with pytest.raises(ShapeError, match=r"expects a context of shape \(2, 2\), got \(2, 3\)\.$"):
-        model.log_prob(one, torch.zeros(2, 3))
-    with pytest.raises(ShapeError, match=r"^PixelCNN\.sample expects images `given` together with"):
-        model.sample(2, torch.zeros(2, 2), given=one)
+        for call in (model.log_prob, model, model.parameters_of):
+            with pytest.raises(ShapeError, match=rf"^PixelCNN expects {message}\.$"):
+                call(wrong, c)
     with pytest.raises(ValueError, match="PixelCNN"):
-        fit(model, (one + 3, torch.zeros(2, 2)), steps=1, progress=False)
+        fit(model, (one + 3, c), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("call", ["log_prob", "parameters_of", "sample"])
+def test_a_context_is_checked_and_one_row_serves_all(call: str) -> None:
+    model, free = (PixelCNN((1, 4, 4), 3, 4, 1, context_shape=k) for k in (2, None))
+    u = torch.rand(2, 1, 4, 4)
+
+    def ask(model: PixelModel, context: object) -> Tensor:
+        if call == "sample":
+            return model.sample(2, context, u=u)
+        return getattr(model, call)(torch.zeros(2, 1, 4, 4), context)
+
+    row = torch.randn(2)
+    every = ask(model, row.expand(2, 2))
+    assert torch.equal(ask(model, row), every)
+    assert torch.equal(ask(model, row[None]), every)
+    one_hot = F.one_hot(torch.tensor([0, 1]), 2)
+    for wrong, message in (
+        (None, r"a context of shape \(batch, 2\), got none"),
+        (torch.zeros(2, 3), r"a context of shape \(2, 2\), or one row for all, got \(2, 3\)"),
+        (torch.zeros(3, 2), r"a context of shape \(2, 2\), or one row for all, got \(3, 2\)"),
+        (one_hot, "a context of its parameters' dtype torch.float32, got torch.int64; .*"),
+        (one_hot.double(), "a context of its parameters' dtype torch.float32, got .*float64; .*"),
+    ):
+        with pytest.raises(ShapeError, match=rf"^PixelCNN expects {message}\.$"):
+            ask(model, wrong)
+    with pytest.raises(ShapeError, match=r"^PixelCNN expects no context, .*, got a tensor of"):
+        ask(free, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": -1}, r"^PixelCNN\.sample expects a number of draws of at least 0, .*, got -1\.$"),
+        ({"n": 2.0}, r"^PixelCNN\.sample expects a number of draws of at least 0, .*, got 2\.0\.$"),
+        ({"given": torch.zeros(2, 1, 4, 4)}, r"expects images `given` together with a boolean"),
+        (
+            {"given": torch.zeros(3, 1, 4, 4), "known": torch.ones(4, 4)},
+            r"^PixelCNN\.sample expects given of shape \(2, 1, 4, 4\), or one for all, got \(3, 1,",
+        ),
+        (
+            {"given": torch.full((1, 4, 4), 3), "known": torch.ones(4, 4)},
+            r"^What PixelCNN\.sample is given must hold whole numbers in 0\.\.2, got values from 3",
+        ),
+        ({"u": torch.rand(2, 1, 4, 5)}, r"expects u of shape \(2, 1, 4, 4\), or one for all, got"),
+        ({"temperature": 0}, "expects temperature to be a number above 0, got 0"),
+        ({"generator": 3}, "expects generator to be a Generator or None, got 3"),
+        ({"cached": 1}, "expects cached to be True or False, got 1"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PixelCNN((1, 4, 4), 3, 4, 1).sample(**{"n": 2} | options)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PixelCNN((4, 4)), r"^PixelCNN expects a shape \(channels, height, width\), got"),
-        (lambda: PixelCNN((3, 4, 4), order=(0, 0, 1)), "expects an order that names each channel"),
+        (lambda: PixelCNN((4, 4)), r"^PixelCNN expects shape to be the shape \(channels, height,"),
+        (lambda: PixelRNN(4), r"^PixelRNN expects shape to be .* of an image, got 4\.$"),
+        (lambda: GatedPixelCNN((1, 4, 0)), r"^GatedPixelCNN expects shape .*, got \(1, 4, 0\)\.$"),
+        (lambda: PixelCNNPP("144"), "^PixelCNNPP expects shape to be .*, got '144'"),
+        (lambda: PixelCNN((1, 4, 4), 1), "^PixelCNN expects levels to be .* at least 2, got 1"),
+        (lambda: PixelCNN((1, 4, 4), width=(8, 8)), r"^PixelCNN expects width .*, got \(8, 8\)"),
+        (lambda: PixelCNN((1, 4, 4), width=1), "^PixelCNN expects a width of at least 2, for its"),
+        (lambda: PixelCNN((1, 4, 4), blocks=0), "^PixelCNN expects blocks to be .*, got 0"),
+        (lambda: PixelCNN((1, 4, 4), dropout=1), "^PixelCNN expects dropout to be .*, got 1"),
+        (lambda: PixelCNN((1, 4, 4), context_shape=0), "^PixelCNN expects context_shape to be"),
+        (lambda: PixelCNN((1, 4, 4), context_shape=(1, 4, 4)), "context_shape to be the size of"),
+        (lambda: PixelCNN((1, 4, 4), head=Softmax), "^PixelCNN expects head .* the class Softmax"),
+        (lambda: PixelCNN((3, 4, 4), order=(0, 0, 1)), "expects order to name each channel 0..2"),
+        (lambda: PixelCNN((3, 4, 4), order=2), "expects order to name each channel 0..2 once, got"),
         (lambda: PixelCNN((1, 4, 4), head=Softmax(4, 3)), "expects a head of 1 channels, got Soft"),
-        (lambda: PixelCNN((1, 4, 4), kernel=4), "^masked_conv expects an odd kernel, got 4"),
-        (lambda: GatedPixelCNN((1, 4, 4), kernel=2), "^GatedPixelCNN expects odd kernels"),
-        (lambda: PixelRNN((1, 4, 4), kind="column"), "^PixelRNN expects kind 'row' or 'diagonal'"),
+        (lambda: PixelCNN((1, 4, 4), kernel=4), "^PixelCNN expects kernel to be an odd .*, got 4"),
+        (lambda: masked_conv(1, 2, 4), "^masked_conv expects kernel to be an odd .*, got 4"),
+        (lambda: GatedPixelCNN((1, 4, 4), kernel=2), "^GatedPixelCNN expects kernel to be an odd"),
+        (lambda: PixelRNN((1, 4, 4), kind="column"), "^PixelRNN expects kind to be 'row' or 'diag"),
         (lambda: PixelCNNPP((1, 6, 6), sizes=3), "expects sides that are multiples of 4, got 6 x"),
         (lambda: PixelCNNPP((3, 4, 4), head=Softmax(4, 3)), "^PixelCNNPP predicts whole pixels"),
+        (lambda: WindowConv(0, 2), "^WindowConv expects inputs to be .* at least 1, got 0"),
+        (lambda: WindowConv(1, 2, (1, 0)), r"^WindowConv expects rows to be the first .* \(1, 0\)"),
+        (lambda: WindowConv(1, 2, stride=3), "^WindowConv expects stride to be 1 or 2, got 3"),
+        (lambda: WindowConv(1, 2, mask=torch.ones(2, 1)), "^WindowConv expects a mask of shape"),
+        (lambda: RowLSTM(1, 0, 1), "^RowLSTM expects width to be .*, got 0"),
+        (lambda: channel_mask(1, 1, 0, True), "^channel_mask expects groups to be .*, got 0"),
     ],
 )
-def test_wrong_sizes_are_one_sentence(make: Callable[[], PixelModel], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_sizes_are_one_sentence(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
         make()
+
+
+def test_sizes_from_numpy_serve() -> None:
+    one, four = np.int64(1), np.int32(4)
+    model = PixelCNN([one, four, four], np.int64(3), four, one, context_shape=np.int64(2))
+    assert model.event_shape == (1, 4, 4)
+    assert model.context_shape == (2,)
+    assert model.sample(np.int64(2), torch.zeros(2)).shape == (2, 1, 4, 4)
+
+
+@every
+def test_draws_for_each_of_some_contexts(name: str) -> None:
+    model = build(name, (1, 2, 4), 5, context_shape=2)
+    c = contexts(model, 3)
+    assert c is not None
+    u = torch.rand(2, 3, model.head.uniforms, 2, 4, dtype=torch.float64)
+    drawn = model.sample((2,), c, u=u)
+    assert drawn.shape == (2, 3, 1, 2, 4)
+    for k in range(2):
+        for m in range(3):
+            assert torch.equal(drawn[k, m], model.sample(1, c[m], u=u[k, m])[0])
+    assert model.sample((2, 3), c[0]).shape == (2, 3, 1, 2, 4)
+    # Of each given image so many completions.
+    known = torch.ones(2, 4, dtype=torch.bool)
+    known[1] = False
+    done = model.sample((2,), c, given=images(model, 3), known=known)
+    assert torch.equal(done[:, :, :, 0], images(model, 3)[:, :, 0].expand(2, 3, 1, 4))
+
+
+@pytest.mark.parametrize("model", ["PixelCNN", "Diagonal BiLSTM", "PixelCNN++"])
+def test_samples_are_ordinary_tensors_and_leave_the_model_as_it_was(model: str) -> None:
+    net = build(model, (1, 4, 4), dropout=0.5)
+    net.train()
+    frozen = next(layer for layer in net.modules() if isinstance(layer, torch.nn.Dropout))
+    frozen.eval()
+    x = net.sample(2)
+    assert (x.requires_grad, x.is_inference()) == (False, False)
+    x.div_(2).requires_grad_().sum().backward()
+    assert x.detach().numpy().shape == (2, 1, 4, 4)
+    modes = [layer.training for layer in net.modules() if layer is not frozen]
+    assert all(modes)
+    assert not frozen.training
+    assert not net.eval().sample(1).is_inference()
+
+
+def test_a_generator_and_a_temperature() -> None:
+    for name in ("PixelCNN", "PixelCNN++"):
+        model = build(name, (1, 4, 4), 8)
+        seeded = [model.sample(3, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+        assert torch.equal(seeded[0], seeded[1])
+        assert not torch.equal(seeded[0], seeded[2])
+        before = torch.get_rng_state()
+        model.sample(1, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(torch.get_rng_state(), before)
+        # Next to absolute zero every draw is the likeliest value, whatever u is.
+        cold = model.sample(20, temperature=1e-3)
+        assert torch.equal(cold, cold[:1].expand_as(cold))
+        first = model.sample(400, temperature=0.5)[:, 0, 0, 0]
+        p = model.head.log_prob(
+            torch.arange(8.0, dtype=torch.float64).view(8, 1, 1, 1),
+            model.parameters_of(images(model, 8))[:, :, :1, :1],
+        ).exp()
+        if name == "PixelCNN":
+            cooled = p.square() / p.square().sum()
+            found = torch.bincount(first.long(), minlength=8) / 400
+            assert (found - cooled.flatten()).abs().max() < 5 * (0.25 / 400) ** 0.5
+
+
+@every
+@pytest.mark.parametrize("context_shape", [None, 2])
+def test_a_model_can_be_copied_pickled_and_converted(name: str, context_shape: int | None) -> None:
+    model = build(name, (3, 2, 4), 5, context_shape=context_shape).float()
+    x, c = images(model).long(), None if context_shape is None else torch.randn(2, 2)
+    model.sample(1, c if c is None else c[0])
+    expected = model.log_prob(x, c)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.log_prob(x, c), expected)
+        u = torch.rand(2, model.head.uniforms, 2, 4)
+        assert torch.equal(twin.sample(2, c, u=u), model.sample(2, c, u=u))
+    double = copy.deepcopy(model).double()
+    wide = None if c is None else c.double()
+    found = double.log_prob(x, wide)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+    fresh = MODELS[name]((3, 2, 4), 5, context_shape=context_shape)
+    fresh.load_state_dict(double.state_dict(), assign=True)
+    assert torch.equal(fresh.log_prob(x, wide), found)
+    fresh.log_prob(x, wide).sum().backward()
+    assert all(p.is_leaf and p.grad is not None for p in fresh.parameters())
+    assert fresh.sample(1, wide if wide is None else wide[0]).dtype == torch.float64

@@ -19,6 +19,7 @@ from nflib.elementwise import Affine, LogisticMixtureCDF
 from nflib.nets import MLP
 from nflib.normalization import ActNorm, BatchNorm
 from nflib.planar import Planar
+from nflib.reversible import Reversible
 from nflib.train import fit
 
 EXACT = [name for name, case in LAYERS.items() if not reversible.obstacle(case.make())]
@@ -50,7 +51,7 @@ def test_rebuilt_gradients_are_the_plain_ones(name: str, direction: str) -> None
     x, context = x.double(), None if context is None else context.double()
     if direction == "inverse":
         x = Compose(*layers)(x, context)[0].detach()
-    plain, rebuilt = Compose(*layers), Compose(*layers, memory="reversible")
+    plain, rebuilt = Compose(*layers), Reversible(*layers)
     expected = gradients(plain, direction, x, context)
     for want, got in zip(expected, gradients(rebuilt, direction, x, context), strict=True):
         assert (want is None) == (got is None)
@@ -66,11 +67,12 @@ def test_most_layers_are_reversible() -> None:
 
 def deep(depth: int, memory: str, dim: int = 8) -> Flow:
     torch.manual_seed(0)
-    net = partial(MLP, hidden=(32,), context=None)
+    net = partial(MLP, hidden=(32,), context_shape=None)
     steps: list[Bijection] = []
     for k in range(depth):
         steps += [ActNorm(dim), Coupling(halves(dim, k % 2 == 1), Affine(), net)]
-    flow = Flow(Compose(*steps, memory=memory), StandardNormal(dim))
+    kind = Reversible if memory == "reversible" else Compose
+    flow = Flow(kind(*steps), StandardNormal(dim))
     checks.randomize_parameters(flow, scale=0.5)
     return flow
 
@@ -85,7 +87,7 @@ def test_memory_does_not_grow_with_depth() -> None:
 def test_inner_compositions_and_inverses_are_taken_apart() -> None:
     parts = list(deep(4, "plain").bijection)  # type: ignore[call-overload]
     nested = Compose(Compose(*parts[:3]), Inverse(parts[3]), Compose(Compose(parts[4])))
-    whole = Compose(*nested, memory="reversible")
+    whole = Reversible(*nested)
     x = torch.randn(4, 8)
     expected, got = (gradients(f, "forward", x, None) for f in (nested, whole))
     for want, found in zip(expected, got, strict=True):
@@ -99,7 +101,7 @@ def test_a_layer_used_twice_gets_both_gradients() -> None:
     checks.randomize_parameters(second)
     layers, x = (first, second, first, second), torch.randn(5, 3).double()
     expected = gradients(Compose(*layers), "forward", x, None)
-    got = gradients(Compose(*layers, memory="reversible"), "forward", x, None)
+    got = gradients(Reversible(*layers), "forward", x, None)
     for want, found in zip(expected, got, strict=True):
         torch.testing.assert_close(found, want)
 
@@ -137,7 +139,7 @@ def test_turned_on_in_a_model_of_several_scales_with_dequantization_and_context(
     found = []
     for prepare in (nn.Identity(), reversible.turn_on):
         torch.manual_seed(0)
-        model = models.glow((1, 8, 8), 2, 2, 8, context_dim=3, grey_levels=17).double()
+        model = models.glow((1, 8, 8), 2, 2, 8, context_shape=3, grey_levels=17).double()
         checks.randomize_parameters(model, scale=0.5)
         prepare(model)
         torch.manual_seed(1)
@@ -145,10 +147,9 @@ def test_turned_on_in_a_model_of_several_scales_with_dequantization_and_context(
         found.append([p.grad for p in model.parameters()])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
-    modes = {
-        m.memory for m in model.modules() if isinstance(m, Compose) and m is not model.bijection
-    }
-    assert modes == {"reversible"}
+    inner = [m for m in model.modules() if isinstance(m, Compose) and m is not model.bijection]
+    assert inner
+    assert all(isinstance(m, Reversible) for m in inner)
 
 
 def test_dequantization_at_the_start_runs_as_ever() -> None:
@@ -183,13 +184,11 @@ def test_a_run_of_fit_is_the_same() -> None:
 )
 def test_what_cannot_be_undone_is_refused(make: partial[Bijection], reason: str) -> None:
     with pytest.raises(reversible.NotReversibleError, match=reason):
-        Compose(ActNorm(4), make(), memory="reversible")
+        Reversible(ActNorm(4), make())
 
 
 def test_refusals_of_other_input() -> None:
-    with pytest.raises(ValueError, match="memory 'plain' or 'reversible', got 'flat'"):
-        Compose(ActNorm(2), memory="flat")
     with pytest.raises(reversible.NotReversibleError, match="UniformDequantization"):
-        Compose(ActNorm(2), UniformDequantization(4), memory="reversible")
+        Reversible(ActNorm(2), UniformDequantization(4))
     with pytest.raises(reversible.NotReversibleError, match="a Compose in it, got Linear"):
         reversible.turn_on(nn.Linear(2, 2))

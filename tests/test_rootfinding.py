@@ -107,3 +107,29 @@ def test_an_empty_batch_and_a_target_of_any_shape_work() -> None:
         target = torch.randn(shape)
         found = solve_increasing(cubic, target, target - 9, target + 9)
         torch.testing.assert_close(cubic(found)[0], target, atol=1e-5, rtol=1e-5)
+
+
+def test_more_rounds_find_a_step_in_a_bracket_a_hundred_thousand_wide() -> None:
+    def stairs(t: Tensor) -> Pair:
+        """Two steps far apart, and next to nothing in between."""
+        ups = [torch.sigmoid(20 * (t - at)) for at in (-700.0, 900.0)]
+        return ups[0] + ups[1], 20 * sum(u * (1 - u) for u in ups)
+
+    known = torch.linspace(-0.2, 0.2, 101)
+    for at in (-700.0, 900.0):
+        target = stairs(at + known)[0]
+        bracket = torch.full_like(target, 1e5)
+        found = solve_increasing(stairs, target, -bracket, 0.7 * bracket, rounds=60)
+        assert (stairs(found)[0] - target).abs().max() < 1e-3
+    few = solve_increasing(stairs, target, -bracket, 0.7 * bracket, rounds=5)
+    assert (stairs(few)[0] - target).abs().max() > 0.1
+
+
+def test_what_is_no_number_leaves_the_others_alone() -> None:
+    target = torch.randn(6)
+    lower, upper = target - 9, target + 9
+    expected = solve_increasing(cubic, target, lower, upper)
+    target[2], lower[4] = torch.nan, torch.nan
+    found = solve_increasing(cubic, target, lower, upper)
+    assert found[[2, 4]].isnan().all()
+    assert torch.equal(found[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])

@@ -22,11 +22,11 @@ from nflib.checks import (
     jacobian,
     randomize_parameters,
 )
-from nflib.core import Flow, ShapeError, StandardLogistic
-from nflib.data import DataError
+from nflib.core import DataError, Flow, ShapeError, StandardLogistic
 from nflib.discrete import Head, LogisticMixture, Softmax
 from nflib.metrics import evaluate, log_probs
 from nflib.train import fit
+from nflib.train.distillation import distill
 from nflib.wavenet import (
     PADDING,
     CachedSteps,
@@ -34,7 +34,6 @@ from nflib.wavenet import (
     CausalStack,
     ParallelWaveNet,
     WaveNet,
-    distill,
     distillation_loss,
     mixture_log_density,
     pad,
@@ -49,14 +48,14 @@ def wavenet(
     levels: int = 8, head: str = "softmax", context: int | None = None, **options: object
 ) -> WaveNet:
     sizes = {"channels": 5, "skip": 7, "layers": 3, "blocks": 2} | options
-    model = WaveNet(levels, context_dim=context, head=HEADS[head](levels), **sizes)
+    model = WaveNet(levels, context_shape=context, head=HEADS[head](levels), **sizes)
     randomize_parameters(model)
     return model.double().eval()
 
 
 def student(context: int | None = None, **options: object) -> ParallelWaveNet:
     sizes = {"flows": 3, "channels": 4, "skip": 5, "layers": 2, "blocks": 2} | options
-    model = ParallelWaveNet(context_dim=context, **sizes)
+    model = ParallelWaveNet(context_shape=context, **sizes)
     randomize_parameters(model)
     return model.double().eval()
 
@@ -413,7 +412,7 @@ def test_it_learns_a_tone_and_evaluate_counts_bits_a_sample() -> None:
     x, y = audio.tones(24, 128, seed=0)
     levels = audio.linear(x, 16)
     context = nn.functional.one_hot(y, 8).float()
-    model = WaveNet(16, 8, 16, layers=4, context_dim=8, head=LogisticMixture(16))
+    model = WaveNet(16, 8, 16, layers=4, context_shape=8, head=LogisticMixture(16))
     before = evaluate(model, levels, context)
     assert before.dims == 128
     fit(model, (levels, context), steps=60, batch_size=12, lr=1e-2, progress=False)
@@ -430,7 +429,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 
     def make() -> WaveNet:
         torch.manual_seed(1)
-        return WaveNet(8, 4, 4, layers=2, context_dim=2)
+        return WaveNet(8, 4, 4, layers=2, context_shape=2)
 
     whole = make()
     fit(whole, data, data, **settings)
@@ -492,7 +491,7 @@ def test_the_student_is_a_density_over_waveforms_of_every_length() -> None:
     assert isinstance(flow, Flow)
     x = torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(model(x), flow.log_prob(x))
-    drawn, log_prob = flow.sample_with_log_prob(4)
+    drawn, log_prob = flow.rsample_with_log_prob(4)
     torch.testing.assert_close(model(drawn), log_prob)
 
 
@@ -599,8 +598,8 @@ def test_distillation_finds_the_teachers_logistic_and_leaves_the_teacher_alone()
 def test_distillation_takes_contexts_and_the_power_loss() -> None:
     x, y = audio.tones(8, 512, seed=0)
     context = nn.functional.one_hot(y, 8).float()
-    teacher = WaveNet(256, 4, 4, layers=2, context_dim=8, head=LogisticMixture(256))
-    model = ParallelWaveNet(2, 4, 4, 2, context_dim=8)
+    teacher = WaveNet(256, 4, 4, layers=2, context_shape=8, head=LogisticMixture(256))
+    model = ParallelWaveNet(2, 4, 4, 2, context_shape=8)
     history = distill(model, teacher, (x, context), steps=3, batch_size=4, progress=False)
     assert math.isfinite(history.records[-1]["train"])
     assert model.sample(3, 100, context[:1]).shape == (3, 100)

@@ -37,6 +37,11 @@ def tool(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
+def script(name: str) -> str:
+    """A command that stands beside this Python, and has no module to run it by."""
+    return str(Path(sys.executable).with_name(name))
+
+
 def tests(name: str, *arguments: str) -> list[str]:
     """A pytest command whose counts are written to _build/reports/<name>.xml."""
     report = f"--junitxml={REPORTS / name}.xml"
@@ -50,10 +55,11 @@ def stages() -> list[Stage]:
     return [
         Stage(
             "lint",
-            "ruff over code and notebooks",
+            "ruff over code and notebooks, import-linter over the floors of nflib",
             [
                 tool("-m", "ruff", "check", *CODE),
                 tool("-m", "ruff", "format", "--check", *CODE),
+                [script("lint-imports"), "--no-logo", "--no-cache"],
             ],
         ),
         Stage("types", "mypy over nflib", [tool("-m", "mypy")]),

@@ -136,8 +136,7 @@ class Held(nn.Module):
             found[name] = [part.build() for part in inner] if is_list else inner.build()  # type: ignore[union-attr, operator]
         if self.template is not None:
             again = copy.copy(self.template)
-            for name, value in found.items():
-                setattr(again, name, value)
+            vars(again).update({"_inv": None} | found)
             return again
         return self.kind(**found, validate_args=False)
 
@@ -170,7 +169,10 @@ def _arguments(held: Distribution | Transform) -> dict[str, Any]:
     if isinstance(held, ComposeTransform):
         return {"parts": held.parts}
     if isinstance(held, Transform):
-        return {k: v for k, v in vars(held).items() if isinstance(v, Tensor | Transform)}
+        # One that was turned around by .inv holds the other; the other only remembers it.
+        back = "" if type(held).__name__ == "_InverseTransform" else "_inv"
+        own = {k: v for k, v in vars(held).items() if k != back}
+        return {k: v for k, v in own.items() if isinstance(v, Tensor | Transform)}
     own = vars(held)
     found = {name: own[name] for name in held.arg_constraints if name in own}
     for names in _ONE_OF:

@@ -8,22 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflib.core import Shape, ShapeError
+from nflib.arguments import (
+    ArgumentError,
+    ContextShape,
+    ImageShape,
+    Levels,
+    Odd,
+    Share,
+    Size,
+    checked,
+)
+from nflib.core import EventShape
 from nflib.discrete import Head, Softmax
 from nflib.pixel.model import Features, PixelModel
 from nflib.pixel.window import WindowConv, channel_mask, pointwise
 
 
+@checked
 def masked_conv(
-    inputs: int, outputs: int, kernel: int, groups: int = 1, strict: bool = False
+    inputs: Size, outputs: Size, kernel: Odd, groups: Size = 1, strict: bool = False
 ) -> WindowConv:
     """A square convolution of which only the pixels before the centre, and part of it, are left.
 
     The mask of PixelCNN: all weights of the rows above and to the left of the centre, at the centre
     those that `channel_mask` allows (mask A if ``strict``, else B), none after it.
     """
-    if kernel % 2 == 0 or kernel < 1:
-        raise ShapeError(f"masked_conv expects an odd kernel, got {kernel}.")
     reach = kernel // 2
     mask = torch.ones(outputs, inputs, reach + 1, kernel, dtype=torch.bool)
     mask[:, :, -1, reach] = channel_mask(inputs, outputs, groups, strict)
@@ -43,28 +52,34 @@ class PixelCNN(PixelModel):
     Args:
         shape: channels, height and width.
         levels: number of grey levels.
-        width: channels of the features, even.
+        width: channels of the features, at least 2; the blocks have half as many inside.
         blocks: number of residual blocks.
-        kernel: of the first convolution; the paper has 7.
-        head: another distribution of a pixel in place of the softmax.
-        context_dim, order: see `PixelModel`. A context shifts the features of every block.
+        kernel: of the first convolution, odd; the paper has 7.
+        head: another distribution of a pixel in place of the softmax; it has its own levels.
+        context_shape, order: see `PixelModel`. A context shifts the features of every block.
         dropout: share of hidden values that are dropped in training.
     """
 
+    @checked
     def __init__(
         self,
-        shape: Shape,
-        levels: int = 256,
-        width: int = 64,
-        blocks: int = 6,
+        shape: ImageShape,
+        levels: Levels = 256,
+        width: Size = 64,
+        blocks: Size = 6,
         *,
-        kernel: int = 7,
+        kernel: Odd = 7,
         head: Head | None = None,
-        context_dim: int | None = None,
+        context_shape: ContextShape = None,
         order: Sequence[int] | None = None,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
     ) -> None:
-        super().__init__(shape, head or Softmax(levels, shape[0]), context_dim, order)
+        super().__init__(shape, head or Softmax(levels, shape[0]), context_shape, order)
+        if width < 2:
+            raise ArgumentError(
+                "PixelCNN expects a width of at least 2, for its blocks have half as many channels "
+                f"inside, got {width}."
+            )
         groups = self.groups
         self.first = masked_conv(shape[0], width, kernel, groups, strict=True)
         self.entrances = [self.first]
@@ -80,7 +95,7 @@ class PixelCNN(PixelModel):
             )
             for _ in range(blocks)
         )
-        self.shifts = shifts(context_dim, width, blocks)
+        self.shifts = shifts(self.context_shape, width, blocks)
         self.last = output_layers(width, self.head, groups)
 
     def condition(self, context: Tensor | None) -> list[Tensor]:
@@ -95,10 +110,12 @@ class PixelCNN(PixelModel):
         return self.last(h)
 
 
-def shifts(context_dim: int | None, width: int, layers: int) -> nn.ModuleList:
+def shifts(context_shape: EventShape | None, width: int, layers: int) -> nn.ModuleList:
     """For each layer what a context adds to its features; nothing without a context."""
-    count = 0 if context_dim is None else layers
-    return nn.ModuleList(nn.Linear(context_dim or 0, width, bias=False) for _ in range(count))
+    if context_shape is None:
+        return nn.ModuleList()
+    size = context_shape[0]
+    return nn.ModuleList(nn.Linear(size, width, bias=False) for _ in range(layers))
 
 
 def output_layers(width: int, head: Head, groups: int) -> nn.Sequential:

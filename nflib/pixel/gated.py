@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflib.core import Shape, ShapeError
+from nflib.arguments import ContextShape, ImageShape, Levels, Odd, Share, Size, checked
 from nflib.discrete import Head, Softmax
 from nflib.pixel.cnn import output_layers, shifts
 from nflib.pixel.model import Features, PixelModel
@@ -31,8 +31,9 @@ class GatedLayer(nn.Module):
     pixels to the left; nothing flows back.
     """
 
+    @checked
     def __init__(
-        self, inputs: int, width: int, kernel: int, groups: int, first: bool, dropout: float
+        self, inputs: Size, width: Size, kernel: Odd, groups: Size, first: bool, dropout: Share
     ) -> None:
         super().__init__()
         reach = kernel // 2
@@ -75,32 +76,28 @@ class GatedPixelCNN(PixelModel):
         layers: number of layers, the first included.
         kernel: of the layers, odd.
         first_kernel: of the first layer, odd.
-        head: another distribution of a pixel in place of the softmax.
-        context_dim: size of a context vector, e.g. 10 for one-hot classes; it shifts every gate.
+        head: another distribution of a pixel in place of the softmax; it has its own levels.
+        context_shape: size of a context vector, e.g. 10 for one-hot classes; it shifts every gate.
         order: of the channels, see `PixelModel`.
         dropout: share of gated values that are dropped in training.
     """
 
+    @checked
     def __init__(
         self,
-        shape: Shape,
-        levels: int = 256,
-        width: int = 64,
-        layers: int = 6,
+        shape: ImageShape,
+        levels: Levels = 256,
+        width: Size = 64,
+        layers: Size = 6,
         *,
-        kernel: int = 3,
-        first_kernel: int = 7,
+        kernel: Odd = 3,
+        first_kernel: Odd = 7,
         head: Head | None = None,
-        context_dim: int | None = None,
+        context_shape: ContextShape = None,
         order: Sequence[int] | None = None,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
     ) -> None:
-        super().__init__(shape, head or Softmax(levels, shape[0]), context_dim, order)
-        if kernel % 2 == 0 or first_kernel % 2 == 0 or layers < 1:
-            raise ShapeError(
-                "GatedPixelCNN expects odd kernels and a layer or more, got "
-                f"kernel={kernel}, first_kernel={first_kernel}, layers={layers}."
-            )
+        super().__init__(shape, head or Softmax(levels, shape[0]), context_shape, order)
         make = [
             GatedLayer(
                 width if k else shape[0],
@@ -115,7 +112,7 @@ class GatedPixelCNN(PixelModel):
         self.layers = nn.ModuleList(make)
         self.entrances = [make[0].vertical, make[0].horizontal]
         # Vertical and horizontal shifts of all layers.
-        self.shifts = shifts(context_dim, 2 * width, 2 * layers)
+        self.shifts = shifts(self.context_shape, 2 * width, 2 * layers)
         self.last = output_layers(width, self.head, self.groups)
 
     def condition(self, context: Tensor | None) -> list[Tensor | None]:

@@ -7,17 +7,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nflib.core import Shape, ShapeError, describe, expand_context, fits, sum_event
-from nflib.data import check
-from nflib.discrete import Head, Softmax
+from nflib.arguments import (
+    ArgumentError,
+    ContextShape,
+    ImageShape,
+    Positive,
+    checked,
+    integer,
+    show,
+)
+from nflib.core import Model, ShapeError, check_levels, check_values, sum_event
+from nflib.core.flow import Draws
+from nflib.discrete import Head, Softmax, check_integers, rows_for
+from nflib.nets import vector_context
 from nflib.pixel.window import Cursor, Stepwise, WindowConv
 
 Features = list[Tensor | None]
+# A row, a column, a step within the pixel, and the head's parameters there.
+Step = tuple[int, int, int, Tensor]
 
 
-class PixelModel(nn.Module):
+class PixelModel(Model):
     """``log P(x) = sum_i log P(x_i | x_1 .. x_{i-1})`` over the pixels of an image, row by row.
 
     A subclass is a network whose output at a pixel sees only the pixels before it. It writes
@@ -34,39 +46,35 @@ class PixelModel(nn.Module):
         shape: channels, height and width.
         head: the distribution of a pixel: `nflib.discrete.Softmax`, which predicts the channels
             one after the other, or `nflib.discrete.LogisticMixture`, a whole pixel at once.
-        context_dim: size of a context vector, e.g. of the one-hot class.
+        context_shape: size of a context vector, e.g. of the one-hot class.
         order: of the channels within a pixel, by default 0, 1, 2.
+
+    Raises:
+        ArgumentError: for arguments that cannot be, or do not fit together.
     """
 
-    likelihood = "exact"
     order: Tensor
 
+    @checked
     def __init__(
         self,
-        shape: Shape,
+        shape: ImageShape,
         head: Head,
-        context_dim: int | None = None,
+        context_shape: ContextShape = None,
         order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if len(shape) != 3 or min(shape) < 1:
-            raise ShapeError(f"{name} expects a shape (channels, height, width), got {shape}.")
-        channels = shape[0]
+        name, channels = type(self).__name__, shape[0]
         if head.channels != channels:
-            raise ShapeError(f"{name} expects a head of {channels} channels, got {head}.")
-        ranks = list(range(channels)) if order is None else list(order)
-        if sorted(ranks) != list(range(channels)):
-            raise ShapeError(
-                f"{name} expects an order that names each channel 0..{channels - 1} once, "
-                f"got {order}."
-            )
-        self.shape, self.head = tuple(shape), head
+            raise ArgumentError(f"{name} expects a head of {channels} channels, got {head}.")
+        self.shape, self.head = shape, head
+        self.event_shape = shape
+        self.context_shape = vector_context(context_shape, name)
         # The steps within a pixel; the features are divided into as many groups.
         self.groups = channels if isinstance(head, Softmax) else 1
-        self.context_shape = None if context_dim is None else (context_dim,)
         self.entrances: list[WindowConv] = []
-        self.register_buffer("order", torch.tensor(ranks), persistent=False)
+        ranks = torch.tensor(_ranks(name, channels, order))
+        self.register_buffer("order", ranks, persistent=False)
 
     def condition(self, context: Tensor | None) -> Any:
         """What the layers need of a context."""
@@ -78,96 +86,120 @@ class PixelModel(nn.Module):
 
     def pixels(self, x: Tensor, above: Features, condition: Any) -> Tensor:
         """The head's parameters at each pixel."""
-        raise TypeError(f"{type(self).__name__} does not define pixels(x, above, condition).")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define pixels(x, above, condition)."
+        )
 
     def parameters_of(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The head's parameters for every pixel of images x, ``(batch, count, H, W)``."""
-        x = self.scaled(self._ordered(x))
-        condition = self.condition(context)
-        return self.pixels(x, self.above(x, condition), condition)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.log_prob(x, context)
+        self.check_input(x)
+        return self._predict(self._ordered(x), self.rows_of_context(context, x.shape[0]))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``log P(x)`` in nats, ``(batch,)``, exact; x holds integers. One pass of the network."""
-        self.check_input(x, context)
-        return sum_event(self.head.log_prob(self._ordered(x), self.parameters_of(x, context)))
+        """``log P(x)`` in nats, ``(batch,)``, exact; one pass of the network.
 
-    @torch.inference_mode()
+        Args:
+            x: integers ``(batch, C, H, W)`` of any dtype.
+            context: ``(batch, K)``, or one row that serves all.
+        """
+        self.check_input(x)
+        context = self.rows_of_context(context, x.shape[0])
+        ordered = self._ordered(x)
+        return sum_event(self.head.log_prob(ordered, self._predict(ordered, context)))
+
+    @torch.no_grad()
+    @checked
     def sample(
         self,
-        n: int,
+        n: Draws,
         context: Tensor | None = None,
         *,
         given: Tensor | None = None,
         known: Tensor | None = None,
         cached: bool = True,
         u: Tensor | None = None,
+        temperature: Positive = 1.0,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw n images pixel by pixel, or complete given ones.
+        """Draw images pixel by pixel, or complete given ones, without a graph.
 
         Args:
-            n: how many.
-            context: n rows, or one row that serves all.
-            given: images of which some pixels are kept, ``(n, C, H, W)`` or ``(1, C, H, W)``.
+            n: how many, ``(n, C, H, W)``; the context has n rows, or is one that serves all. Or a
+                shape, ``(k,)`` say, of draws for each of m contexts, ``(k, m, C, H, W)``.
+            context: of shape ``(m, K)`` or one alone.
+            given: images of which some pixels are kept: one, or as many as are drawn; with a shape
+                of draws ``(m, C, H, W)``.
             known: which pixels are kept, a boolean ``(H, W)``. A new pixel is drawn given all
                 pixels before it; known pixels after it have no influence on it.
             cached: compute every activation once. Without, each step runs the whole network.
             u: the uniform random numbers behind the draws, ``(n, head.uniforms, H, W)``.
+            temperature: of the head, pixel by pixel; below 1 draws are nearer to likely values.
+            generator: of the random numbers, instead of torch's own.
 
-        Returns: integer-valued images ``(n, C, H, W)``. Cost: H W steps, which together are about
-        one pass of the network with the cache and H W passes without.
+        Returns: integer-valued images. Cost: H W steps, which together are about one pass of the
+        network with the cache and H W passes without.
         """
-        context = expand_context(context, n)
-        height, width = self.shape[1:]
+        name = f"{type(self).__name__}.sample"
+        shape, context = self._plan("sample", n, context)
         like = next(self.parameters())
+        sizes = (self.head.uniforms, *self.shape[1:])
         if u is None:
-            u = torch.rand(
-                n, self.head.uniforms, height, width, device=like.device, dtype=like.dtype
-            )
-        x = like.new_zeros(n, *self.shape)
-        self.check_input(x, context)
+            u = like.new_empty(shape.numel(), *sizes).uniform_(generator=generator)
+        else:
+            u = rows_for(name, "u", u, shape, sizes)
         kept = self._kept(given, known)
+        x = like.new_zeros(shape.numel(), *self.shape)
         if given is not None:
+            given = rows_for(name, "given", given, shape, self.shape)
             x = torch.where(kept.to(x.device), self._ordered(given.to(x)), x)
-        was_training = self.training
-        self.eval()
         walk = self._walk_cached if cached else self._walk
-        try:
+        with self._evaluating():
             for row, col, step, parameters in walk(x, context):
-                if kept[row, col]:
-                    continue
-                drawn = self.head.sample(parameters, u[:, :, row, col, None, None])[..., 0, 0]
-                part = slice(step, step + 1) if self.groups > 1 else slice(None)
-                x[:, part, row, col] = drawn[:, part]
-        finally:
-            self.train(was_training)
-        return x.index_select(1, self.order.argsort())
+                if not kept[row, col]:
+                    chance = u[:, :, row, col, None, None]
+                    self._draw(x[:, :, row, col], step, parameters, chance, temperature)
+        return x.index_select(1, self.order.argsort()).reshape(*shape, *self.shape)
 
-    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[tuple[int, int, int, Tensor]]:
+    def _draw(
+        self, pixel: Tensor, step: int, parameters: Tensor, u: Tensor, temperature: float
+    ) -> None:
+        """Write what u picks into a pixel ``(batch, C)``: the channel of this step, or all."""
+        if temperature != 1:
+            parameters = self.head.cooled(parameters, temperature)
+        drawn = self.head.sample(parameters, u)[..., 0, 0]
+        part = slice(step, step + 1) if self.groups > 1 else slice(None)
+        pixel[:, part] = drawn[:, part]
+
+    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
         """Every step of every pixel, with the parameters that the whole network gives there."""
-        condition = self.condition(context)
         for row in range(self.shape[1]):
             for col in range(self.shape[2]):
                 for step in range(self.groups):
-                    scaled = self.scaled(x)
-                    parameters = self.pixels(scaled, self.above(scaled, condition), condition)
+                    parameters = self._predict(x, context)
                     yield row, col, step, parameters[:, :, row : row + 1, col : col + 1]
 
-    def _walk_cached(
-        self, x: Tensor, context: Tensor | None
-    ) -> Iterator[tuple[int, int, int, Tensor]]:
-        """The same, with each activation computed once."""
+    def _walk_cached(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
+        """The same, with each activation computed once.
+
+        Whoever draws writes into x, which is read again in the next step. For each row:
+
+            cursor at the row, ``col=None``   line = above(row)         the vertical stack, a row
+            cursor at pixel 0                 pixels(pixel, line[0])    a step for each group: draw
+                                              entrance.write(pixel)     now it counts as seen
+            cursor at pixel 1                 pixels(pixel, line[1])    ...
+
+        What the entrances read at a pixel before it is drawn has no influence: their windows or
+        masks leave it out. It stands in their buffers until ``write`` replaces it.
+        """
         condition = self.condition(context)
         width = self.shape[2]
-        with self._stepping(len(x)) as cursor:
+        with self._stepping(x.shape[0]) as cursor:
             for row in range(self.shape[1]):
                 cursor.row, cursor.col = row, None
                 line = self.above(self.scaled(x[:, :, row : row + 1]), condition)
                 for col in range(width):
                     cursor.col = col
-                    over = [a if a is None else _pixel(a, col * a.shape[3] // width) for a in line]
+                    over = [None if part is None else _column(part, col, width) for part in line]
                     pixel = x[:, :, row : row + 1, col : col + 1]  # a view: draws appear in it
                     for step in range(self.groups):
                         yield row, col, step, self.pixels(self.scaled(pixel), over, condition)
@@ -186,45 +218,68 @@ class PixelModel(nn.Module):
             for layer in layers:
                 layer.close()
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """In evaluation mode; afterwards every layer is in the mode it was in."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
     def scaled(self, x: Tensor) -> Tensor:
         """Levels 0 .. k-1 on [-1, 1]."""
         return 2 * x / (self.head.levels - 1) - 1
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data that are not whole numbers in 0 .. k-1."""
-        check(x, f"The data of {type(self).__name__}", self.head.levels)
+        check_values(x, f"The data of {type(self).__name__}", self.head.levels)
 
-    def check_input(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Raise `ShapeError` in one sentence if x or context do not fit; reads shapes only."""
-        name = type(self).__name__
-        if not fits(x.shape[1:], self.shape):
-            raise ShapeError(
-                f"{name} expects shape {describe(('batch', *self.shape))}, got {tuple(x.shape)}."
-            )
-        if self.context_shape is None:
-            return
-        wanted = (len(x), *self.context_shape)
-        if context is None or tuple(context.shape) != wanted:
-            got = "none" if context is None else tuple(context.shape)
-            raise ShapeError(f"{name} expects a context of shape {wanted}, got {got}.")
+    def check_input(self, x: Tensor) -> None:
+        """Raise `ShapeError` in one sentence if x does not fit; reads no values."""
+        check_integers(type(self).__name__, x, self.shape, next(self.parameters()))
+
+    def _predict(self, ordered: Tensor, context: Tensor | None) -> Tensor:
+        x, condition = self.scaled(ordered), self.condition(context)
+        return self.pixels(x, self.above(x, condition), condition)
 
     def _ordered(self, x: Tensor) -> Tensor:
         """Channels in the order in which they are predicted, in the model's dtype."""
         return x.to(next(self.parameters()).dtype).index_select(1, self.order)
 
     def _kept(self, given: Tensor | None, known: Tensor | None) -> Tensor:
-        height, width = self.shape[1:]
+        sides = self.shape[1:]
         if given is None and known is None:
-            return torch.zeros(height, width, dtype=torch.bool)
-        if given is None or known is None or known.shape != (height, width):
+            return torch.zeros(sides, dtype=torch.bool)
+        if given is None or known is None or known.shape != sides:
             raise ShapeError(
                 f"{type(self).__name__}.sample expects images `given` together with a boolean "
-                f"`known` of shape {(height, width)}, got "
+                f"`known` of shape {sides}, got "
                 f"{'no images' if given is None else 'images'} and "
                 f"{'none' if known is None else tuple(known.shape)}."
             )
-        return known.bool().cpu()
+        known = known.bool()
+        there = given[..., known.to(given.device)]
+        check_levels(there, f"What {type(self).__name__}.sample is given", self.head.levels)
+        return known.cpu()
 
 
-def _pixel(row: Tensor, col: int) -> Tensor:
-    return row[..., col : col + 1]
+def _ranks(name: str, channels: int, order: Sequence[int] | None) -> list[int]:
+    """The order of the channels as a list."""
+    try:
+        ranks = list(range(channels) if order is None else map(integer, order))
+    except TypeError:
+        ranks = []
+    if sorted(ranks) != list(range(channels)):
+        raise ArgumentError(
+            f"{name} expects order to name each channel 0..{channels - 1} once, got {show(order)}."
+        )
+    return ranks
+
+
+def _column(row: Tensor, col: int, width: int) -> Tensor:
+    """The features at a column of a row; a row of a smaller size has fewer for the same width."""
+    at = col * row.shape[3] // width
+    return row[..., at : at + 1]

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.core import Shape, ShapeError
+from nflib.arguments import (
+    ArgumentError,
+    ContextShape,
+    Count,
+    ImageShape,
+    Levels,
+    Share,
+    Size,
+    checked,
+)
 from nflib.discrete import Head, LogisticMixture
 from nflib.nets import elu2
 from nflib.pixel.cnn import shifts
@@ -30,8 +39,9 @@ class GatedBlock(nn.Module):
     elu2 is ELU of h and of -h side by side. W1 and W2 are over the stream's window, W0 is 1x1.
     """
 
+    @checked
     def __init__(
-        self, width: int, window: dict[str, Any], beside: int, scale: int, dropout: float
+        self, width: Size, window: dict[str, Any], beside: Count, scale: Count, dropout: Share
     ) -> None:
         super().__init__()
         self.inner = WindowConv(2 * width, width, scale=scale, **window)
@@ -55,14 +65,15 @@ class Stream(nn.Module):
     list: for each size those of the way down, then those of the way up.
     """
 
+    @checked
     def __init__(
         self,
-        width: int,
-        blocks: int,
-        sizes: int,
+        width: Size,
+        blocks: Size,
+        sizes: Size,
         window: dict[str, Any],
         under: bool,
-        dropout: float,
+        dropout: Share,
     ) -> None:
         super().__init__()
         beside = width if under else 0
@@ -122,34 +133,36 @@ class PixelCNNPP(PixelModel):
         sizes: number of sizes (the paper: 3).
         components: logistics of the mixture (the paper: 10).
         head: another distribution of a pixel, e.g. a softmax for one channel.
-        context_dim: size of a context vector; it shifts every block.
+        context_shape: size of a context vector; it shifts every block.
+        order: of the channels, see `PixelModel`.
         dropout: inside of the blocks (the paper: 0.5).
     """
 
+    @checked
     def __init__(
         self,
-        shape: Shape,
-        levels: int = 256,
-        width: int = 64,
-        blocks: int = 2,
-        sizes: int = 3,
+        shape: ImageShape,
+        levels: Levels = 256,
+        width: Size = 64,
+        blocks: Size = 2,
+        sizes: Size = 3,
         *,
-        components: int = 5,
+        components: Size = 5,
         head: Head | None = None,
-        context_dim: int | None = None,
+        context_shape: ContextShape = None,
         order: Sequence[int] | None = None,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
     ) -> None:
         head = head or LogisticMixture(levels, shape[0], components)
-        super().__init__(shape, head, context_dim, order)
+        super().__init__(shape, head, context_shape, order)
         if self.groups > 1:
-            raise ShapeError(
+            raise ArgumentError(
                 "PixelCNNPP predicts whole pixels and expects a head that does, such as "
                 f"LogisticMixture, got {head}."
             )
         multiple = 2 ** (sizes - 1)
-        if sizes < 1 or shape[1] % multiple or shape[2] % multiple:
-            raise ShapeError(
+        if shape[1] % multiple or shape[2] % multiple:
+            raise ArgumentError(
                 f"PixelCNNPP with {sizes} sizes expects sides that are multiples of {multiple}, "
                 f"got {shape[1]} x {shape[2]}."
             )
@@ -160,7 +173,7 @@ class PixelCNNPP(PixelModel):
         self.entrances = [self.enter_above, self.enter_over, self.enter_left]
         self.vertical = Stream(width, blocks, sizes, DOWN, under=False, dropout=dropout)
         self.horizontal = Stream(width, blocks, sizes, DOWN_RIGHT, under=True, dropout=dropout)
-        self.shifts = shifts(context_dim, 2 * width, 4 * blocks * sizes)
+        self.shifts = shifts(self.context_shape, 2 * width, 4 * blocks * sizes)
         self.last = pointwise(2 * width, head.count)
 
     def condition(self, context: Tensor | None) -> tuple[Features, Features]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.core import Shape
+from nflib.arguments import ContextShape, ImageShape, Levels, Odd, Share, Size, checked
 from nflib.discrete import Head, Softmax
 from nflib.pixel.cnn import masked_conv, output_layers, shifts
-from nflib.pixel.model import Features, PixelModel
+from nflib.pixel.model import Features, PixelModel, Step
 from nflib.pixel.window import WindowConv, channel_mask, pointwise
 
 
@@ -50,7 +50,8 @@ class RowLSTM(nn.Module):
     H steps one after the other.
     """
 
-    def __init__(self, inputs: int, width: int, groups: int) -> None:
+    @checked
+    def __init__(self, inputs: Size, width: Size, groups: Size) -> None:
         super().__init__()
         self.width = width
         mask = torch.ones(4 * width, inputs, 1, 2, dtype=torch.bool)
@@ -86,7 +87,8 @@ class DiagonalBiLSTM(nn.Module):
     ``(batch, inputs, H, W) -> (batch, width, H, W)``, H + W - 1 steps one after the other.
     """
 
-    def __init__(self, inputs: int, width: int, groups: int) -> None:
+    @checked
+    def __init__(self, inputs: Size, width: Size, groups: Size) -> None:
         super().__init__()
         self.width = width
         self.inputs = nn.ModuleList(
@@ -122,7 +124,8 @@ class PixelRNN(PixelModel):
 
     ``kind="row"`` has `RowLSTM` layers, ``"diagonal"`` `DiagonalBiLSTM` layers. Cost of log_prob:
     one pass, whose steps along rows or diagonals wait for each other. Sampling runs the network
-    over the rows so far for every pixel. van den Oord et al. 2016, https://arxiv.org/abs/1601.06759.
+    over the rows so far for every pixel; ``cached`` makes no difference to it.
+    van den Oord et al. 2016, https://arxiv.org/abs/1601.06759.
 
     Args:
         shape: channels, height and width.
@@ -130,35 +133,34 @@ class PixelRNN(PixelModel):
         kind: ``"row"`` or ``"diagonal"``.
         width: channels of an LSTM's state; the features between the layers have twice as many.
         layers: number of LSTM layers.
-        kernel: of the first convolution.
-        head, context_dim, order: see `PixelModel`.
+        kernel: of the first convolution, odd.
+        head, context_shape, order: see `PixelModel`.
         dropout: share of each LSTM's output that is dropped in training.
     """
 
+    @checked
     def __init__(
         self,
-        shape: Shape,
-        levels: int = 256,
-        kind: str = "diagonal",
-        width: int = 32,
-        layers: int = 3,
+        shape: ImageShape,
+        levels: Levels = 256,
+        kind: Literal["row", "diagonal"] = "diagonal",
+        width: Size = 32,
+        layers: Size = 3,
         *,
-        kernel: int = 7,
+        kernel: Odd = 7,
         head: Head | None = None,
-        context_dim: int | None = None,
+        context_shape: ContextShape = None,
         order: Sequence[int] | None = None,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
     ) -> None:
-        super().__init__(shape, head or Softmax(levels, shape[0]), context_dim, order)
-        kinds = {"row": RowLSTM, "diagonal": DiagonalBiLSTM}
-        if kind not in kinds:
-            raise ValueError(f"PixelRNN expects kind 'row' or 'diagonal', got {kind!r}.")
+        super().__init__(shape, head or Softmax(levels, shape[0]), context_shape, order)
+        lstm = RowLSTM if kind == "row" else DiagonalBiLSTM
         groups = self.groups
         self.first = masked_conv(shape[0], 2 * width, kernel, groups, strict=True)
         self.entrances = [self.first]
-        self.layers = nn.ModuleList(kinds[kind](2 * width, width, groups) for _ in range(layers))
+        self.layers = nn.ModuleList(lstm(2 * width, width, groups) for _ in range(layers))
         self.widen = nn.ModuleList(pointwise(width, 2 * width, groups) for _ in range(layers))
-        self.shifts = shifts(context_dim, 2 * width, layers)
+        self.shifts = shifts(self.context_shape, 2 * width, layers)
         self.dropout = nn.Dropout(dropout)
         self.last = output_layers(2 * width, self.head, groups)
 
@@ -173,7 +175,7 @@ class PixelRNN(PixelModel):
             h = h + widen(self.dropout(layer(h)))
         return self.last(h)
 
-    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[tuple[int, int, int, Tensor]]:
+    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
         """Every step, by the network over the rows so far: the states begin at the top."""
         condition = self.condition(context)
         for row in range(self.shape[1]):

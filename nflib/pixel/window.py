@@ -3,18 +3,32 @@
 A window is a range of rows and of columns around a pixel, ``rows=(-1, 0), cols=(-1, 1)`` say. One
 that holds only pixels earlier in raster order (row by row, left to right) keeps a network
 autoregressive. On a whole image a `WindowConv` is an ordinary padded convolution. While a sampler
-walks over the image it keeps what it has seen in a buffer and is asked for one pixel, or one row,
-at a time: every activation is computed once, by the same code of the network.
+walks over the image, every activation is computed once, by the same code of the network: all its
+layers share a cursor, and each is given, and returns, only what lies there.
+
+    given: x at the cursor (1 x 1)        the layer's buffer: what it was given so far
+                                            . . . . . . .      padding, one row above
+           x  ---- write ---->              0 a b c d e 0
+                                            0 f[g h i]. 0      the window of the cursor's pixel h:
+           y  <--- product ---                                 rows -1..0, cols -1..1
+    returned: y at the cursor (1 x 1)
+
+What lies behind the cursor is still zero, as a mask would make it. A row at a time works alike. A
+layer of stride 2 returns None at the pixels that it passes over, and `UpConv` then answers from
+the block that it computed before.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nflib.arguments import ArgumentError, Count, Size, checked, show
 
 Range = tuple[int, int]
 
@@ -34,7 +48,8 @@ class Stepwise(nn.Module):
         scale: how often the image was halved before this layer; the cursor counts full-size pixels.
     """
 
-    def __init__(self, scale: int = 0) -> None:
+    @checked
+    def __init__(self, scale: Count = 0) -> None:
         super().__init__()
         self.scale = scale
         self.cursor: Cursor | None = None
@@ -54,7 +69,8 @@ class Stepwise(nn.Module):
         return self.cursor.row >> self.scale, None if col is None else col >> self.scale
 
 
-def channel_mask(inputs: int, outputs: int, groups: int, strict: bool) -> Tensor:
+@checked
+def channel_mask(inputs: Size, outputs: Size, groups: Size, strict: bool) -> Tensor:
     """Which outputs may see which inputs of the same pixel, ``(outputs, inputs)``.
 
     Both are divided into as many groups as there are steps within a pixel, in order (red, green,
@@ -82,22 +98,32 @@ class WindowConv(Stepwise):
         scale: see `Stepwise`; for ``stride=2`` that of the input.
     """
 
+    @checked
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
+        inputs: Size,
+        outputs: Size,
         rows: Range = (0, 0),
         cols: Range = (0, 0),
         mask: Tensor | None = None,
-        stride: int = 1,
-        scale: int = 0,
+        stride: Literal[1, 2] = 1,
+        scale: Count = 0,
     ) -> None:
         super().__init__(scale)
+        for name, ends in (("rows", rows), ("cols", cols)):
+            if not _is_range(ends):
+                raise ArgumentError(
+                    f"WindowConv expects {name} to be the first and last of them, got {show(ends)}."
+                )
         self.inputs, self.outputs, self.stride = inputs, outputs, stride
         self.kernel = (rows[1] - rows[0] + 1, cols[1] - cols[0] + 1)
         # Left, right, top, bottom; a negative padding cuts rows off that no window reaches.
         self.padding = (-cols[0], cols[1], -rows[0], rows[1])
         shape = (outputs, inputs, *self.kernel)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ArgumentError(
+                f"WindowConv expects a mask of shape {shape}, got {tuple(mask.shape)}."
+            )
         used = math.prod(shape) if mask is None else int(mask.sum())
         bound = (outputs / max(used, 1)) ** 0.5
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
@@ -172,8 +198,14 @@ class WindowConv(Stepwise):
         return f"{self.inputs}, {self.outputs}, window={self.kernel}, stride={self.stride}"
 
 
+def _is_range(ends: Range) -> bool:
+    is_pair = isinstance(ends, tuple) and len(ends) == 2
+    return is_pair and all(isinstance(end, int) for end in ends) and ends[0] <= ends[1]
+
+
+@checked
 def pointwise(
-    inputs: int, outputs: int, groups: int = 1, scale: int = 0, copies: int = 1
+    inputs: Size, outputs: Size, groups: Size = 1, scale: Count = 0, copies: Size = 1
 ) -> WindowConv:
     """A 1x1 convolution that keeps the order of the channels within a pixel.
 
@@ -194,7 +226,8 @@ class UpConv(Stepwise):
         scale: of the output, see `Stepwise`.
     """
 
-    def __init__(self, width: int, scale: int = 0) -> None:
+    @checked
+    def __init__(self, width: Size, scale: Count = 0) -> None:
         super().__init__(scale)
         self.conv = nn.Conv2d(width, 4 * width, 1)
         self._buffer: Tensor | None = None

@@ -4,11 +4,11 @@ from nflib.wavenet.model import PADDING, WaveNet, pad
 from nflib.wavenet.parallel import (
     CausalAffine,
     ParallelWaveNet,
-    distill,
     distillation_loss,
     mixture_log_density,
     power_loss,
 )
+from nflib.wavenet.spectrum import spectrum_power
 from nflib.wavenet.stack import CachedSteps, CausalStack
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "CausalStack",
     "ParallelWaveNet",
     "WaveNet",
-    "distill",
     "distillation_loss",
     "mixture_log_density",
     "pad",
     "power_loss",
+    "spectrum_power",
 ]

@@ -14,21 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from nflib.audio import spectrum_power
+from nflib.arguments import ArgumentError, ContextShape, Positive, Size, checked, show
+from nflib.cache import is_traced
 from nflib.core import (
     Bijection,
     Compose,
+    EventShape,
     Flow,
+    Model,
+    ShapeError,
     StandardLogistic,
     sum_log_det,
 )
+from nflib.core.flow import Draws
 from nflib.discrete import LogisticMixture
 from nflib.elementwise import Affine
-from nflib.train import History, as_tensors, fit
 from nflib.wavenet.model import WaveNet
-from nflib.wavenet.stack import CachedSteps, CausalStack
+from nflib.wavenet.spectrum import spectrum_power
+from nflib.wavenet.stack import CachedSteps, CausalStack, Taps
+
+# The largest log-scale of a `CausalAffine`, unless it is asked for another.
+BOUND = 6.0
 
 
 class CausalAffine(Bijection):
@@ -39,35 +46,36 @@ class CausalAffine(Bijection):
 
     Inverse (noise to data) costs one pass, all positions at once. Forward needs z_1 .. z_{t-1} for
     z_t and goes step by step with kept activations, at one pass of arithmetic but ``length`` steps.
-    With gradients, or inside ``torch.compile``, it repeats whole passes instead, one for each
-    position: meant for proofs on short events, for no training needs it.
+    With gradients, or inside ``torch.compile`` and ``torch.func``, it repeats whole passes instead,
+    one for each position: meant for proofs on short events, for no training needs it.
 
     Args:
-        channels, skip, layers, blocks, kernel, context: of the `CausalStack`.
+        channels, skip, layers, blocks, kernel, context_shape: of the `CausalStack`.
         scale: the factor exp(s) that the layer starts with.
         bound: |s| stays below it.
     """
 
+    @checked
     def __init__(
         self,
-        channels: int = 16,
-        skip: int = 16,
-        layers: int = 8,
-        blocks: int = 1,
-        kernel: int = 2,
-        context: int | None = None,
-        scale: float = 1.0,
-        bound: float = 6.0,
+        channels: Size = 16,
+        skip: Size = 16,
+        layers: Size = 8,
+        blocks: Size = 1,
+        kernel: Taps = 2,
+        context_shape: ContextShape = None,
+        scale: Positive = 1.0,
+        bound: Positive = BOUND,
     ) -> None:
         super().__init__()
-        if not 0 < scale < math.exp(bound) or not scale > math.exp(-bound):
-            raise ValueError(
+        if not abs(math.log(scale)) < bound:
+            raise ArgumentError(
                 f"CausalAffine expects a scale between exp(-{bound:g}) and exp({bound:g}), "
                 f"got {scale!r}."
             )
         self.event_shape = (None,)
         self.affine = Affine(bound)
-        self.stack = CausalStack(1, 2, channels, skip, layers, blocks, kernel, context)
+        self.stack = CausalStack(1, 2, channels, skip, layers, blocks, kernel, context_shape)
         self.context_shape = self.stack.context_shape
         last = self.stack.last[-1]
         assert isinstance(last, nn.Conv1d)
@@ -77,21 +85,23 @@ class CausalAffine(Bijection):
             last.bias.copy_(torch.tensor([bound * math.atanh(math.log(scale) / bound), 0.0]))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(z, context)
         x, s = self.affine.forward(z, self.parameters_of(z, context))
         return x, sum_log_det(s)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_input(x, context)
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        whole = torch.is_grad_enabled() or is_traced()
         z, terms = self._repeat(x, context) if whole else self._step(x, context)
         return z, sum_log_det(terms)
 
+    def output_shape(self, shape: EventShape | None) -> EventShape | None:
+        return _some_samples(shape)
+
+    def input_shape(self, shape: EventShape | None) -> EventShape | None:
+        return _some_samples(shape)
+
     def parameters_of(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the affine map of every position takes, ``(batch, 2, length)``."""
-        seen = z.unsqueeze(1)
-        raw = self.stack(seen) if self.context_shape is None else self.stack(seen, context)
-        return raw.to(z.dtype)
+        return self.stack(z.unsqueeze(1), context).to(z.dtype)
 
     def _repeat(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # After i passes the first i positions, and their gradients, are exact.
@@ -112,7 +122,13 @@ class CausalAffine(Bijection):
         return z, terms
 
 
-class ParallelWaveNet(nn.Module):
+def _some_samples(shape: EventShape | None) -> EventShape | None:
+    if shape == (0,):
+        raise ShapeError("CausalAffine expects a length of at least 1, got 0.")
+    return shape
+
+
+class ParallelWaveNet(Model):
     """A few `CausalAffine` layers one after another, over logistic noise.
 
     Given ``z_1 .. z_{t-1}``, sample t is logistic noise scaled and shifted, however many layers
@@ -129,54 +145,116 @@ class ParallelWaveNet(nn.Module):
     Args:
         flows: number of layers.
         channels, skip, layers, blocks, kernel: of each one's `CausalStack`.
-        context_dim: size of a context vector.
+        context_shape: size of a context vector.
         scale: of the noise that the untrained student makes; near the data's standard deviation.
     """
 
-    likelihood = "exact"
-
+    @checked
     def __init__(
         self,
-        flows: int = 3,
-        channels: int = 16,
-        skip: int = 16,
-        layers: int = 8,
-        blocks: int = 1,
-        kernel: int = 2,
-        context_dim: int | None = None,
-        scale: float = 0.1,
+        flows: Size = 3,
+        channels: Size = 16,
+        skip: Size = 16,
+        layers: Size = 8,
+        blocks: Size = 1,
+        kernel: Taps = 2,
+        context_shape: ContextShape = None,
+        scale: Positive = 0.1,
     ) -> None:
         super().__init__()
-        if flows < 1 or not scale > 0:
-            raise ValueError(
-                "ParallelWaveNet expects at least one flow and a positive scale, "
-                f"got {flows} and {scale!r}."
+        if not abs(math.log(scale)) < BOUND * flows:
+            raise ArgumentError(
+                f"ParallelWaveNet with {flows} flows expects a scale between "
+                f"exp(-{BOUND * flows:g}) and exp({BOUND * flows:g}), got {scale!r}."
             )
+        sizes = (channels, skip, layers, blocks, kernel)
         self.bijection = Compose(
-            *(
-                CausalAffine(
-                    channels, skip, layers, blocks, kernel, context_dim, scale ** (1 / flows)
-                )
-                for _ in range(flows)
-            )
+            *(CausalAffine(*sizes, context_shape, scale ** (1 / flows)) for _ in range(flows))
         )
-        self.context_shape = next(iter(self.bijection)).context_shape
+        self.context_shape = self.bijection.context_shape
+        self.event_shape = (None,)
 
-    def flow(self, length: int) -> Flow:
+    @checked
+    def flow(self, length: Size) -> Flow:
         """The same density over waveforms of one length as a `Flow`; parameters are shared."""
-        base = StandardLogistic(length).to(next(self.parameters()))
-        return Flow(self.bijection, base)
+        return Flow(self.bijection, self._noise(length))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.log_prob(x, context)
+    def _noise(self, length: int) -> StandardLogistic:
+        return StandardLogistic(length).to(next(self.parameters()))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density of waveforms ``(batch, length)`` in nats, ``(batch,)``."""
-        return self.flow(x.shape[1]).log_prob(x, context)
+        context = self._check(x, context)
+        z, log_det = self.bijection(x, context)
+        return self._noise(x.shape[1]).log_prob(z) + log_det
 
-    def sample(self, n: int, length: int, context: Tensor | None = None) -> Tensor:
-        """Draw n waveforms ``(n, length)``; reparameterised. Context has n rows, or one."""
-        return self.flow(length).sample(n, context)
+    def _check(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context of a batch of waveforms, a row each; refuses what is no such batch."""
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] == 0:
+            raise ShapeError(
+                f"{type(self).__name__} expects waveforms of shape (batch, length), got {show(x)}."
+            )
+        context = self.rows_of_context(context, x.shape[0])
+        self.bijection.check_input(x, context, name=type(self).__name__)
+        return context
+
+    @checked
+    def sample(
+        self,
+        n: Draws,
+        length: Size,
+        context: Tensor | None = None,
+        *,
+        temperature: Positive = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw waveforms without a graph.
+
+        Args:
+            n: how many, ``(n, length)``; the context has n rows, or is one that serves all. Or a
+                shape, ``(k,)`` say, of draws for each of m contexts, ``(k, m, length)``.
+            length: samples in each.
+            context: of shape ``(m, K)`` or one alone.
+            temperature: of the noise; below 1 draws are nearer to its centre.
+            generator: of the random numbers, instead of torch's own.
+        """
+        with torch.no_grad():
+            return self._draw("sample", n, length, context, temperature, generator)[0]
+
+    @checked
+    def rsample(
+        self, n: Draws, length: Size, context: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """`sample`, reparameterised: gradients reach the parameters and the context."""
+        return self.rsample_with_log_prob(n, length, context, **options)[0]
+
+    @checked
+    def rsample_with_log_prob(
+        self,
+        n: Draws,
+        length: Size,
+        context: Tensor | None = None,
+        *,
+        temperature: Positive = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rsample`, and the log-densities at temperature 1 of what is drawn, from one pass."""
+        return self._draw("rsample", n, length, context, temperature, generator)
+
+    def _draw(
+        self,
+        method: str,
+        n: Draws,
+        length: int,
+        context: Tensor | None,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        shape, context = self._plan(method, n, context)
+        noise = self._noise(length)
+        z = noise.rsample(shape.numel(), temperature=temperature, generator=generator)
+        x, log_det = self.bijection.inverse(z, context)
+        return x.reshape(*shape, length), (noise.log_prob(z) - log_det).reshape(shape)
 
     def conditionals(
         self, z: Tensor, context: Tensor | None = None
@@ -186,6 +264,7 @@ class ParallelWaveNet(nn.Module):
         Returns: x, the means ``mu^tot`` and the log-scales ``s^tot``, each ``(batch, length)``,
             with ``x = z exp(s^tot) + mu^tot``.
         """
+        context = self._check(z, context)
         x, mean, log_scale = z, torch.zeros_like(z), torch.zeros_like(z)
         for layer in reversed(list(self.bijection)):
             assert isinstance(layer, CausalAffine)
@@ -211,17 +290,13 @@ def mixture_log_density(head: LogisticMixture, x: Tensor, parameters: Tensor) ->
         head: a mixture for one channel.
         x: ``(batch, length)``.
         parameters: ``(batch, count, length)``.
+
+    Returns: log-densities ``(batch, length)``.
     """
     log_weights, means, log_scales, _ = head.unpack(parameters)
-    half = 1 / (head.levels - 1)
-    narrow = (-log_scales[:, 0]).exp()
-    centred, width = (x.to(narrow.dtype).unsqueeze(1) - means[:, 0]) * narrow, half * narrow
-    log_mass = (
-        F.logsigmoid(centred + width)
-        + F.logsigmoid(width - centred)
-        + torch.log(-torch.expm1(-2 * width))
-    )
-    return (log_weights + log_mass).logsumexp(1) - math.log(2 * half)
+    x = x.to(means.dtype).unsqueeze(1)
+    _, log_mass, _ = head.bins(x, means[:, 0], log_scales[:, 0])
+    return (log_weights + log_mass).logsumexp(1) - math.log(2 / (head.levels - 1))
 
 
 def distillation_loss(
@@ -246,11 +321,18 @@ def distillation_loss(
         z: logistic noise ``(batch, length)``.
         context: ``(batch, K)``, given to both.
         draws: values y for each sample.
+
+    Raises: ArgumentError if the teacher's head or input is of another kind, or without draws.
     """
+    if draws < 1:
+        raise ArgumentError(f"distillation_loss expects at least one draw, got {draws}.")
+    if not isinstance(teacher.head, LogisticMixture) or teacher.one_hot:
+        raise ArgumentError(
+            "distillation_loss expects a teacher with a LogisticMixture head that sees scaled "
+            f"numbers, got {teacher.head!r} and one_hot={teacher.one_hot}."
+        )
     x, mean, log_scale = student.conditionals(z, context)
-    seen = x.unsqueeze(1)
-    parameters = teacher.stack(seen) if context is None else teacher.stack(seen, context)
-    assert isinstance(teacher.head, LogisticMixture)
+    parameters = teacher.stack(x.unsqueeze(1), teacher.rows_of_context(context, x.shape[0]))
     noise = StandardLogistic(z.shape[1]).to(z)
     cross = torch.zeros((), device=z.device)
     for _ in range(draws):
@@ -269,53 +351,3 @@ def power_loss(x: Tensor, y: Tensor, window: int = 256) -> Tensor:
     mine, theirs = (spectrum_power(each, window).mean(2) for each in (x, y))
     size = theirs.square().sum(1).clamp_min(torch.finfo(theirs.dtype).tiny)
     return ((mine - theirs).square().sum(1) / size).mean()
-
-
-def distill(
-    student: ParallelWaveNet,
-    teacher: WaveNet,
-    data: Any,
-    valid: Any = None,
-    *,
-    draws: int = 4,
-    power: float = 1.0,
-    **options: Any,
-) -> History:
-    """Train the student to be what the teacher would call probable: `fit` with another loss.
-
-        loss = KL(student || teacher) in nats a sample + power * power_loss
-
-    Args:
-        student, teacher: the teacher has a `LogisticMixture` head and sees scaled numbers; it is
-            left as it is.
-        data: waveforms ``(n, length)`` in [-1, 1], on the scale of the teacher's levels, or a
-            tuple ``(x, context)``. The recordings serve the power loss only; the contexts are
-            those the student is asked for.
-        valid: the same, held out.
-        draws: see `distillation_loss`.
-        power: weight of the power loss; 0 leaves it out.
-        options: of `nflib.train.fit`: ``steps``, ``batch_size``, ``lr``, ...
-
-    Returns: the `History`, with the loss in place of nats.
-    Raises: ValueError if the teacher's head or input is of another kind.
-    """
-    if not isinstance(teacher.head, LogisticMixture) or teacher.one_hot:
-        raise ValueError(
-            "distill expects a teacher with a LogisticMixture head that sees scaled numbers, got "
-            f"{teacher.head!r} and one_hot={teacher.one_hot}."
-        )
-
-    def loss(model: ParallelWaveNet, x: Tensor, context: Tensor | None = None) -> Tensor:
-        z = StandardLogistic(x.shape[1]).to(x).sample(len(x))
-        divergence, made = distillation_loss(model, teacher, z, context, draws)
-        return divergence + power * power_loss(made, x) if power else divergence
-
-    wanted = [p.requires_grad for p in teacher.parameters()]
-    was_training = teacher.training
-    teacher.requires_grad_(False).eval().to(as_tensors(data, "data")[0].device)
-    try:
-        return fit(student, data, valid, loss=loss, **options)
-    finally:
-        teacher.train(was_training)
-        for parameter, flag in zip(teacher.parameters(), wanted, strict=True):
-            parameter.requires_grad_(flag)

@@ -5,10 +5,10 @@
     accelerate launch --num_processes 8 -m nflib.train mixerflow --data mnist --epochs 50
 
 The model's own options are those of its function, with dashes: ``--hidden 128,128`` is
-``hidden=(128, 128)``. The budget is given in epochs, updates of the weights, or seconds. Three
-files stand beside each other: the result (``--out``, JSON), the weights (``.safetensors``) and the
-state of the run (``.state.safetensors``), from which the same command with ``--resume`` goes on
-after an interruption, to the same weights.
+``hidden=(128, 128)``, and ``--hidden 128`` is ``hidden=128``. The budget is given in epochs,
+updates of the weights, or seconds. Three files stand beside each other: the result (``--out``,
+JSON), the weights (``.safetensors``) and the state of the run (``.state.safetensors``), from which
+the same command with ``--resume`` goes on after an interruption, to the same weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import ast
 import inspect
 import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +35,9 @@ from nflib.elementwise import (
     RationalQuadraticSpline,
 )
 from nflib.metrics import Score, evaluate
+from nflib.train.hardware import hardware
+from nflib.train.loop import History, fit
+from nflib.train.surroundings import seeded
 
 MODELS: dict[str, Callable[..., Flow]] = {
     name: getattr(models, name)
@@ -51,6 +53,8 @@ MODELS: dict[str, Callable[..., Flow]] = {
         "mixerflow",
     )
 }
+# The models that take images as images; for the others all numbers of an image are one vector.
+OF_IMAGES = ("realnvp", "glow", "flowpp", "mixerflow")
 MAPS = {
     "additive": Additive,
     "affine": Affine,
@@ -77,7 +81,15 @@ TRAINING = (
     "resume",
 )
 # What the command sets from the data, or cannot express.
-NOT_OPTIONS = ("shape", "dim", "grey_levels", "context_dim", "network", "options")
+NOT_OPTIONS = (
+    "shape",
+    "dim",
+    "grey_levels",
+    "context_shape",
+    "context_dim",
+    "network",
+    "options",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -161,16 +173,14 @@ def _value(text: str, annotation: str) -> Any:
             raise ValueError(f"--elementwise expects one of {', '.join(MAPS)}, got {text!r}.")
         return MAPS[text]()
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return (value,) if isinstance(value, int) and annotation.startswith("Sequence") else value
 
 
 def rows_for(model: str, x: Tensor) -> Tensor:
     """A data set's examples as the model takes them: images, or all their numbers in a row."""
-    takes_shape = "shape" in inspect.signature(MODELS[model]).parameters
-    return x if takes_shape and x.ndim == 4 else x.flatten(1)
+    return x if model in OF_IMAGES and x.ndim == 4 else x.flatten(1)
 
 
 def build(model: str, rows: Tensor, levels: int | None, options: dict[str, Any]) -> Flow:
@@ -183,8 +193,6 @@ def run(options: argparse.Namespace, of_model: dict[str, Any]) -> dict[str, Any]
     """Train one model, judge it on the test split, and write what came of it."""
     from accelerate import PartialState
 
-    from nflib.train import fit
-
     if options.threads:
         torch.set_num_threads(options.threads)
     wanted = {"train": options.rows, "valid": options.valid_rows, "test": None}
@@ -194,28 +202,48 @@ def run(options: argparse.Namespace, of_model: dict[str, Any]) -> dict[str, Any]
     }
     rows = {split: rows_for(options.model, found.x) for split, found in sets.items()}
     levels = sets["train"].levels
-    torch.manual_seed(options.seed)
-    flow = build(options.model, rows["train"], levels, of_model)
+    with seeded(options.seed):
+        flow = build(options.model, rows["train"], levels, of_model)
     if options.memory == "reversible":
         reversible.turn_on(flow)
-    training = {name: getattr(options, name) for name in TRAINING}
     history = fit(
         flow,
         rows["train"],
         rows.get("valid"),
         steps=options.updates,
         checkpoint=options.out.with_suffix(".state.safetensors"),
-        **training,
+        **{name: getattr(options, name) for name in TRAINING},
     )
-    last = history.records[-1]
+    result = facts(options, of_model, flow, history)
     batch = min(options.batch_size, len(rows["train"]))
-    result = {
+    result["rows a second"] = result["steps"] * batch / result["seconds"]
+    if PartialState().is_main_process:
+        with seeded(0):
+            test = rows["test"].to(next(flow.parameters()).device)
+            score = evaluate(flow, test, batch_size=500, samples=options.samples)
+        result |= judged(score, levels)
+        print(f"{options.model} on {options.data}: {summary(result)}")
+        checkpoints.save(flow, options.out.with_suffix(".safetensors"), facts=result)
+        options.out.write_text(json.dumps(result | {"history": history.records}, indent=1) + "\n")
+    return result
+
+
+def facts(
+    options: argparse.Namespace, of_model: dict[str, Any], flow: Flow, history: History
+) -> dict[str, Any]:
+    """What was trained, how, on what, and how long it took."""
+    from accelerate import PartialState
+
+    last = history.records[-1]
+    training = {name: getattr(options, name) for name in TRAINING}
+    return {
         "command": " ".join(["python -m nflib.train", *sys.argv[1:]]),
         "model": options.model,
         "options": {name: str(value) for name, value in of_model.items()},
         "data": options.data,
         "training": training | {"updates": options.updates, "memory": options.memory},
         "hardware": hardware(),
+        "processes": PartialState().num_processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__.split("+")[0],
         "parameters": sum(p.numel() for p in flow.parameters()),
@@ -223,17 +251,7 @@ def run(options: argparse.Namespace, of_model: dict[str, Any]) -> dict[str, Any]
         "epochs": last["epoch"],
         "best_step": history.best_step,
         "seconds": last["seconds"],
-        "rows a second": last["step"] * batch / last["seconds"],
     }
-    if PartialState().is_main_process:
-        torch.manual_seed(0)
-        test = rows["test"].to(next(flow.parameters()).device)
-        score = evaluate(flow, test, batch_size=500, samples=options.samples)
-        result |= judged(score, levels)
-        print(f"{options.model} on {options.data}: {summary(result)}")
-        checkpoints.save(flow, options.out.with_suffix(".safetensors"), facts=result)
-        options.out.write_text(json.dumps(result | {"history": history.records}, indent=1) + "\n")
-    return result
 
 
 def judged(score: Score, levels: int | None) -> dict[str, Any]:
@@ -256,16 +274,3 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['steps']:,} steps in {result['seconds']:.0f} s, "
         f"{result['rows a second']:,.0f} rows a second"
     )
-
-
-def processor() -> str:
-    """The CPU's name, as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def hardware() -> str:
-    """The accelerator's name where there is one, else the CPU's."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()

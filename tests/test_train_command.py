@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nflib import checkpoints, cli, models
+from nflib import checkpoints, models
 from nflib.elementwise import RationalQuadraticSpline
+from nflib.train import command as cli
 
 SMALL = {
     "nice": ["--layers", "2", "--hidden", "8"],
@@ -40,7 +40,7 @@ def test_every_model_of_models_has_its_command() -> None:
     flows = [
         n
         for n, f in vars(models).items()
-        if getattr(f, "__module__", "") == "nflib.models" and "-> 'Flow'" in _signature(f)
+        if getattr(f, "__module__", "").startswith("nflib.models") and "-> 'Flow'" in _signature(f)
     ]
     public = [n for n in flows if not n.startswith("_")]
     assert sorted(cli.MODELS) == sorted(built) == sorted(public) == sorted(SMALL)
@@ -82,7 +82,7 @@ def test_options_are_arguments_of_the_models_function() -> None:
     spline = options.pop("elementwise")
     assert isinstance(spline, RationalQuadraticSpline)
     assert options == {"hidden": (16, 8), "dropout": 0.1, "extraction": "bands", "patch": (2, 4)}
-    assert cli.model_options("maf", ["--hidden", "32"]) == {"hidden": (32,)}
+    assert cli.model_options("maf", ["--hidden", "32"]) == {"hidden": 32}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_options_are_arguments_of_the_models_function() -> None:
         (["maf", "--data", "digit", "--updates", "1"], "There is no data set 'digit'"),
         (["maf", "--data", "digits"], "expects a budget"),
         (["maf", *RUN, "--rows", "9999"], "digits has 1297 train examples, got n=9999."),
-        (["flowpp", *RUN, "--memory", "reversible"], "memory='reversible' expects layers"),
+        (["flowpp", *RUN, "--memory", "reversible"], "Reversible expects layers that are undone"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(words: list[str], message: str, tmp_path: Path) -> None:
@@ -133,22 +133,3 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     assert one["steps"] == two["steps"] == 150
     a, b = (checkpoints.read(path.with_suffix(".safetensors"))[0] for path in (killed, whole))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_two_processes_give_the_loss_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    """On reals: each process draws noise of its own for integers."""
-    words = ["mixerflow", "--data", "breast_cancer", "--updates", "20", "--batch-size", "64"]
-    words += ["--patch", "5", "--layers", "2", "--hidden", "16", "--threads", "1"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", "-m", "nflib.train"]
-    results = []
-    for name, start in (("two", launch), ("one", [sys.executable, "-m", "nflib.train"])):
-        out = tmp_path / f"{name}.json"
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-        subprocess.run([*start, *words, "--out", str(out)], check=True, env=environment)
-        results.append(json.loads(out.read_text()))
-    two, one = results
-    assert two["nats"] == pytest.approx(one["nats"], abs=1e-3)
-    for a, b in zip(two["history"], one["history"], strict=True):
-        assert a["valid"] == pytest.approx(b["valid"], abs=1e-3)

@@ -1,0 +1,280 @@
+"""The state of a training run: all that a step changes, that is validated, kept and resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nflib import checkpoints
+from nflib.cache import cached
+from nflib.train.diagnosis import NonFiniteError, diagnose
+from nflib.train.rows import NoRows
+from nflib.train.surroundings import seeded, start_random
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; together with the tensors, all that a resumed run needs."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int | None = None
+    since_best: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    records: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run goes on, and its learning rate on the way."""
+
+    total: int | None
+    seconds: float | None
+    lr: float
+    schedule: str
+    warmup: int
+
+    def used(self, at: Progress) -> float:
+        """How much of the budget is used, 0 to 1."""
+        parts = [at.step / self.total if self.total else 0.0]
+        parts += [at.seconds / self.seconds if self.seconds else 0.0]
+        return min(1.0, max(parts))
+
+    def rate(self, at: Progress) -> float:
+        """The learning rate of the next step."""
+        factor = min(1.0, (at.step + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * self.used(at)))
+        return self.lr * factor
+
+
+class Run:
+    """Model, optimizer, averaged and best weights, progress; the same in all processes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: NoRows,
+        accelerator: Accelerator,
+        objective: Loss,
+        checkpoint: str | Path | None,
+        clip: float,
+    ) -> None:
+        self.model, self.rows, self.accelerator = model, rows, accelerator
+        self.objective, self.checkpoint, self.clip = objective, checkpoint, clip
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.average: AveragedModel | None = None
+        self.best: dict[str, Tensor] = {}
+        self.progress = Progress()
+        self.loss_sum: Tensor | float = 0.0
+        self.saved = time.monotonic()
+
+    def begin(
+        self, weight_decay: float, ema: float | None, seed: int, resume: bool, compile: bool
+    ) -> None:
+        """Start afresh or from the checkpoint; then accelerate takes model and optimizer over."""
+        self.identity = {"seed": seed, "batch_size": self.rows.batch_size, "rows": self.rows.rows}
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=True)
+        # Only the main process knows for sure, for it is the one that writes.
+        is_there = self.checkpoint is not None and Path(self.checkpoint).is_file()
+        is_fresh = not (resume and self.everywhere([is_there])[0])
+        first = self.rows.first() if is_fresh else []
+        initialize = getattr(self.model, "initialize", None)
+        if first and initialize is not None:
+            initialize(*first[:2])
+        if ema is not None:
+            average = get_ema_multi_avg_fn(ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=average)
+        if not is_fresh:
+            self._restore()
+        # Here all processes get the main one's parameters and buffers, whatever noise each drew.
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if compile:
+            self.prepared = torch.compile(self.prepared)
+        self.started = time.monotonic() - self.progress.seconds
+        self.model.train()
+
+    def gradient(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss, and the norm of its gradient before that is clipped."""
+        with self.accelerator.autocast():
+            value = self.objective(self.prepared, *batch)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(value)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return value.detach(), nn.utils.get_total_norm(gradients)
+
+    def check(self, batch: Sequence[Tensor], value: Tensor, norm: Tensor) -> None:
+        """Raise `NonFiniteError` before a step that would spoil the weights.
+
+        Each step on the CPU, where reading a number costs nothing, elsewhere each tenth.
+        """
+        if value.device.type != "cpu" and self.progress.step % 10:
+            return
+        loss = float(value)
+        if all(map(math.isfinite, self.everywhere([loss, float(norm)]))):
+            return
+        text, row = diagnose(self.model, self.objective, batch, loss, self.rows.place)
+        kept = f"; the last good state is in {self.checkpoint}" if self.checkpoint else ""
+        raise NonFiniteError(
+            f"The training stopped at step {self.progress.step} on {text}{kept}.", batch, row
+        )
+
+    def step(self, lr: float, value: Tensor, norm: Tensor) -> None:
+        nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        at = self.progress
+        # Summed on the device: reading it at every step would make the device wait.
+        self.loss_sum = self.loss_sum + value.double()
+        at.step, at.loss_count = at.step + 1, at.loss_count + 1
+
+    def tick(self, is_shared: bool) -> None:
+        """Read the clock; processes that stop by it read the main one's."""
+        elapsed = time.monotonic() - self.started
+        self.progress.seconds = self.everywhere([elapsed])[0] if is_shared else elapsed
+
+    def everywhere(self, numbers: list[float]) -> list[float]:
+        """These numbers of all processes, one process after the other."""
+        if self.accelerator.num_processes == 1:
+            return numbers
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(mine).tolist()
+
+    def measure(self, lr: float, held_out: NoRows | None) -> None:
+        """Add a record of the steps since the last one, validate, and save."""
+        at = self.progress
+        self._settle_loss()
+        means = self.everywhere([at.loss_sum / at.loss_count])
+        record = {
+            "step": at.step,
+            "epoch": at.step / self.rows.per_epoch if self.rows.per_epoch else math.nan,
+            "train": sum(means) / len(means),
+            "lr": lr,
+            "seconds": at.seconds,
+        }
+        at.loss_sum, at.loss_count = 0.0, 0
+        if self.accelerator.num_processes > 1:
+            self._share_buffers()
+        if held_out is not None:
+            record["valid"] = self._validate(held_out)
+        at.records.append(record)
+        self.save()
+
+    def _share_buffers(self) -> None:
+        """Running statistics, which each process gathers on its rows, become the main one's."""
+        from accelerate.utils import broadcast
+
+        for module in (self.model, self.average):
+            for buffer in module.buffers() if module is not None else ():
+                broadcast(buffer)
+
+    def _settle_loss(self) -> None:
+        at = self.progress
+        at.loss_sum, self.loss_sum = at.loss_sum + float(self.loss_sum), 0.0
+
+    def _validate(self, held_out: NoRows) -> float:
+        """Mean loss on held-out rows; its random numbers are the same at every validation."""
+        at = self.progress
+        # The averaged weights are judged if there are any.
+        model = self.model if self.average is None else self.average.module
+        was_training = model.training
+        model.eval()
+        total, count = torch.zeros((), device=self.accelerator.device, dtype=torch.float64), 0
+        with seeded(0), torch.no_grad(), cached(model), self.accelerator.autocast():
+            for part in held_out.once():
+                total += self.objective(model, *part).double() * len(part[0])
+                count += len(part[0])
+        model.train(was_training)
+        sums = self.everywhere([float(total), count])
+        value = sum(sums[::2]) / sum(sums[1::2])
+        if value < at.best:
+            at.best, at.best_step, at.since_best = value, at.step, 0
+            self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        else:
+            at.since_best += 1
+        return value
+
+    def save(self, at_least_after: float = 0.0) -> None:
+        """Write the checkpoint, if there is to be one and the last one is so many seconds old."""
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        if time.monotonic() - self.saved < at_least_after:
+            return
+        self._settle_loss()
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"ema.{k}": v for k, v in self.average.module.state_dict().items()}
+            tensors["averaged"] = self.average.n_averaged
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"rng.{k}": v for k, v in checkpoints.rng_state().items()}
+        meta = {"run": self.identity, "progress": asdict(self.progress)}
+        checkpoints.write(self.checkpoint, tensors, meta)
+        self.saved = time.monotonic()
+
+    def _restore(self) -> None:
+        """Take over all that `save` wrote."""
+        assert self.checkpoint is not None
+        tensors, meta = checkpoints.read(self.checkpoint)
+        self._check_identity(meta)
+
+        def part(kind: str) -> dict[str, Tensor]:
+            prefix = f"{kind}."
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        checkpoints.load_state(self.model, part("model"), self.checkpoint)
+        if self.average is not None:
+            self.average.module.load_state_dict(part("ema") or part("model"))
+            self.average.n_averaged.copy_(tensors.get("averaged", torch.tensor(0)))
+        self.best = {k: v.to(self.accelerator.device) for k, v in part("best").items()}
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("optimizer").items():
+            i, name = key.split(".")
+            states.setdefault(int(i), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self.progress = at = Progress(**meta["progress"])
+        checkpoints.set_rng_state(part("rng"))
+        if not self.accelerator.is_main_process:
+            # Only the main one's state is stored; no two processes may draw the same noise.
+            start_random(hash((self.identity["seed"], self.accelerator.process_index, at.step)))
+
+    def _check_identity(self, meta: dict[str, Any]) -> None:
+        if "progress" not in meta:
+            raise checkpoints.CheckpointError(
+                f"{self.checkpoint} holds weights without the state of a training run; "
+                "load it with checkpoints.load instead of resuming."
+            )
+        for name, value in self.identity.items():
+            if meta["run"].get(name) != value:
+                raise checkpoints.CheckpointError(
+                    f"{self.checkpoint} is of a run with {name} {meta['run'].get(name)}, "
+                    f"this one has {value}."
+                )
+
+    def finish(self) -> None:
+        """Leave the model with the weights that were judged best, the same in all processes."""
+        if self.best:
+            self.model.load_state_dict(self.best)
+        elif self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        self.model.eval()
