@@ -84,6 +84,10 @@ class DimensionMask(Mask):
         self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim < 2 or x.shape[1] != self.dim:
+            raise ShapeError(
+                f"DimensionMask expects shape (batch, {self.dim}, ...), got {tuple(x.shape)}."
+            )
         if not self.contiguous:
             x = x.index_select(1, self.order)
         if self.contiguous and not self.first:

@@ -423,11 +423,13 @@ def shape_of(context_shape: int | EventShape | None) -> EventShape | None:
 def vector_context(context_shape: int | EventShape | None, name: str) -> tuple[int] | None:
     """The shape of a context vector, from its size or its shape."""
     shape = shape_of(context_shape)
-    if shape is not None and len(shape) != 1:
+    if shape is None:
+        return None
+    if len(shape) != 1:
         raise ArgumentError(
             f"{name} expects context_shape to be the size of a vector, got {shape}."
         )
-    return shape  # type: ignore[return-value]
+    return (shape[0],)
 
 
 def equal_widths(hidden: int | Sequence[int], name: str) -> int:

@@ -53,8 +53,8 @@ class Reversible(Compose):
                     "Reversible expects layers that are undone by their inverses, "
                     f"got {type(layer).__name__}: {reason}."
                 )
-        # Not as modules of this one: they share the layers' parameters.
-        self.__dict__["_noise"], self.__dict__["_steps"] = steps[:count], steps[count:]
+        # Lists, and no modules of this one: they share the layers' parameters.
+        self._noise, self._steps = steps[:count], steps[count:]
         let_compiler_trace()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

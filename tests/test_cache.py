@@ -133,7 +133,9 @@ def test_functional_calls_see_their_own_parameters() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [lambda: LU(4), lambda: Triangular(4), lambda: Invertible1x1Conv(4)])
+@pytest.mark.parametrize(
+    "make", [lambda: LU(4), lambda: Triangular(4), lambda: Invertible1x1Conv(4)]
+)
 def test_results_are_the_same_with_and_without(make: type[Layer]) -> None:
     layer = make()
     randomize_parameters(layer)

@@ -99,7 +99,9 @@ def test_sample_with_one_or_n_rows_of_context() -> None:
     flow = small_flow(2)
     assert flow.sample(7, torch.randn(1, 2)).shape == (7, 2)
     assert flow.sample(7, torch.randn(7, 2)).shape == (7, 2)
-    with pytest.raises(ShapeError, match=r"context of shape \(7, 2\), or one row for all, got \(3, 2\)"):
+    with pytest.raises(
+        ShapeError, match=r"context of shape \(7, 2\), or one row for all, got \(3, 2\)"
+    ):
         flow.sample(7, torch.randn(3, 2))
 
 
@@ -172,7 +174,9 @@ def test_initialize_walks_through_the_layers() -> None:
 
 
 def test_wrong_parts_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match="Compose expects layers .*, got an object of Linear at position 1"):
+    with pytest.raises(
+        ValueError, match="Compose expects layers .*, got an object of Linear at position 1"
+    ):
         Compose(LU(2), torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bijection first, got an object of StandardNormal"):
         Flow(StandardNormal(2), LU(2))  # type: ignore[arg-type]

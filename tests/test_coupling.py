@@ -203,9 +203,7 @@ def test_wrong_events_are_one_sentence(layer: Coupling, shape: tuple[int, ...]) 
 @pytest.mark.parametrize("extra", [-1, 1])
 def test_a_conditioner_of_the_wrong_size_is_one_sentence(extra: int) -> None:
     layer = Coupling(halves(4), Affine(), lambda i, o: mlp(i, o + extra))
-    expected = (
-        rf"^Coupling expects its conditioner to return shape \(3, 4\), got a tensor of shape"
-    )
+    expected = r"^Coupling expects its conditioner to return shape \(3, 4\), got a tensor of shape"
     with pytest.raises(ShapeError, match=expected):
         layer(torch.randn(3, 4))
 

@@ -242,9 +242,13 @@ def test_initialize_reaches_the_flow_of_the_noise() -> None:
 
 def test_wrong_levels_are_one_sentence() -> None:
     for levels in (1, 0, 2.5):
-        with pytest.raises(ValueError, match="expects levels to be a whole number of at least 2, got"):
+        with pytest.raises(
+            ValueError, match="expects levels to be a whole number of at least 2, got"
+        ):
             UniformDequantization(levels)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="expects levels to be a whole number of at least 2, got"):
+        with pytest.raises(
+            ValueError, match="expects levels to be a whole number of at least 2, got"
+        ):
             VariationalDequantization(levels, Compose())  # type: ignore[arg-type]
 
 

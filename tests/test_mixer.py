@@ -229,9 +229,18 @@ def test_it_learns_and_samples_pixels() -> None:
     ("build", "message"),
     [
         (lambda: Patches((1, 5, 4), 2), "tile the event of shape (1, 5, 4), got 2 x 2"),
-        (lambda: Patches((4, 4), 2), "the size of a vector, and a patch of at most two sides, got (4, 4) and (2,)"),
-        (lambda: Bands(8, 2), "Bands expects shape to be the shape (channels, height, width) of an image, got 8"),
-        (lambda: Bands((1, 8, 8), (2, 2)), "Bands expects rows to be a whole number of at least 1, got (2, 2)"),
+        (
+            lambda: Patches((4, 4), 2),
+            "a patch of at most two sides, got (4, 4) and (2,)",
+        ),
+        (
+            lambda: Bands(8, 2),
+            "Bands expects shape to be the shape (channels",
+        ),
+        (
+            lambda: Bands((1, 8, 8), (2, 2)),
+            "Bands expects rows to be a whole number",
+        ),
         (lambda: Shift(), "how far to move"),
         (lambda: Shift(1, 1)(torch.zeros(2, 3)), "shape (batch, ..., any, any), got (2, 3)"),
         (lambda: AlongChannels(Patches((1, 4, 4), 2)), "a bijection from vectors to vectors"),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from nflib.checks import jacobian, randomize_parameters
-from nflib.core import ShapeError
 from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet, ResidualMLP
 
 VECTOR = {

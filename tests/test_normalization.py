@@ -204,7 +204,9 @@ def test_gradients_flow_through_the_statistics_of_a_batch() -> None:
 @pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 def test_wrong_sizes_are_one_sentence(kind: type[Bijection]) -> None:
     for dim in (0, -1, 2.0):
-        with pytest.raises(ValueError, match=r"^\w+ expects dim to be a whole number .*, got .*\.$"):
+        with pytest.raises(
+            ValueError, match=r"^\w+ expects dim to be .*, got .*\.$"
+        ):
             kind(dim)  # type: ignore[call-arg]
     layer = kind(3)  # type: ignore[call-arg]
     for x in (torch.randn(5), torch.randn(5, 2), torch.randn(5, 2, 3)):

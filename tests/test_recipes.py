@@ -131,7 +131,9 @@ def check_claims(session: dict[str, Any]) -> None:
 
 
 def test_what_the_page_prints_is_compared() -> None:
-    assert differences("-0.99 +- 0.1 nats (exact, 66 rows)", "-0.993 +- 0.101 nats (exact, 66 rows)")
+    assert differences(
+        "-0.99 +- 0.1 nats (exact, 66 rows)", "-0.993 +- 0.101 nats (exact, 66 rows)"
+    )
     assert differences("a 1.00", "a 1.04") is None
     assert differences("a 1.00", "a 1.20") == "1.00 where the page has 1.20"
     assert differences("a 66", "a 67") == "66 where the page has 67"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,14 +223,47 @@ def test_a_context_changes_every_sample_and_is_asked_for() -> None:
     model = wavenet(context=3)
     x, c = recordings(2, 6), torch.randn(2, 3, dtype=torch.float64)
     assert (model.log_prob_each(x, c) != model.log_prob_each(x, c + 1)).all()
-    for wrong in (None, c[:1], c[:, :2]):
-        with pytest.raises(ShapeError, match=r"^WaveNet expects a context of shape .*, got .*\.$"):
-            model(x, wrong)
+    for call in (model, model.log_prob_each, model.predict):
+        for wrong in (None, c[:, :2], torch.cat([c, c]), c.float(), c.long()):
+            message = r"^WaveNet expects a context of .*, got .*\.$"
+            with pytest.raises(ShapeError, match=message):
+                call(x, wrong)
+        assert torch.equal(call(x, c[0]), call(x, c[:1].expand(2, 3)))
+        assert torch.equal(call(x, c[:1]), call(x, c[:1].expand(2, 3)))
     free = wavenet()
-    torch.testing.assert_close(free(x, c), free(x))
-    made = model.sample(2, 30, c[:1], u=torch.rand(2, 1, 30).double().round(decimals=3))
-    other = model.sample(2, 30, c[1:], u=torch.rand(2, 1, 30).double().round(decimals=3))
-    assert not torch.equal(made, other)
+    for call in (free, lambda x, c: free.sample(2, 6, c)):
+        with pytest.raises(ShapeError, match=r"^WaveNet expects no context, .*, got .*\.$"):
+            call(x, c)
+    u = torch.rand(2, 1, 30, dtype=torch.float64)
+    assert not torch.equal(*(model.sample(2, 30, row, u=u) for row in c))
+
+
+def test_bits_a_sample_count_the_samples_that_are_there() -> None:
+    """A model of 256 equally probable levels has 8 bits a sample, however much is padding."""
+    model = WaveNet(256, 4, 4, layers=2)
+    nn.init.zeros_(model.stack.last[-1].weight)
+    nn.init.zeros_(model.stack.last[-1].bias)
+    x = pad(recordings(3, 40, 256), torch.tensor([40, 10, 1]))
+    assert model.dims_of(x).tolist() == [40, 10, 1]
+    bits = -model(x) / model.dims_of(x) / math.log(2)
+    torch.testing.assert_close(bits, torch.full((3,), 8.0))
+    assert evaluate(model, x).bits_per_dim() == pytest.approx(8, abs=1e-5)
+
+
+def test_the_loudest_level_of_unsigned_bytes_is_no_padding() -> None:
+    """-1 as a byte is 255, which is a level."""
+    model = wavenet(256)
+    x = torch.full((2, 5), 255)
+    torch.testing.assert_close(model(x.to(torch.uint8)), model(x))
+    assert model.dims_of(x.to(torch.uint8)).tolist() == [5, 5]
+    model.check_data(x.to(torch.uint8))
+    padded = pad(x.to(torch.uint8), torch.tensor([5, 3]))
+    assert padded.tolist() == [[255] * 5, [255] * 3 + [-1] * 2]
+
+
+def test_padding_keeps_16_bits() -> None:
+    x = torch.tensor([[65535, 32768, 0]])
+    assert pad(x, torch.tensor([2])).tolist() == [[65535, 32768, -1]]
 
 
 # Sampling.
@@ -356,11 +393,22 @@ ONE_SENTENCE = r"^[\w.]+ expects .*, got .*\.$"
 
 
 @pytest.mark.parametrize(
-    "x", [torch.zeros(3), torch.zeros(2, 1, 4), torch.zeros(2, 0), torch.zeros(2, 3).bool()]
+    "x",
+    [
+        torch.zeros(()),
+        torch.zeros(3),
+        torch.zeros(2, 1, 4),
+        torch.zeros(2, 0),
+        torch.zeros(2, 3).bool(),
+        torch.zeros(2, 3).numpy(),
+        torch.zeros(2, 3, device="meta"),
+    ],
 )
-def test_what_is_no_batch_of_recordings_is_one_sentence(x: Tensor) -> None:
-    with pytest.raises(ShapeError, match=ONE_SENTENCE):
-        wavenet()(x)
+def test_what_is_no_batch_of_recordings_is_one_sentence(x: object) -> None:
+    for model in (wavenet(), student()):
+        for call in (model, model.predict if isinstance(model, WaveNet) else model.conditionals):
+            with pytest.raises(ShapeError, match=rf"^{type(model).__name__} expects .*, got .*\.$"):
+                call(x)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +417,7 @@ def test_what_is_no_batch_of_recordings_is_one_sentence(x: Tensor) -> None:
         (torch.tensor([[0, 8]]), r"in 0\.\.7, got values from 0 to 8\."),
         (torch.tensor([[-2, 0]]), "got values from -2 to 0"),
         (torch.tensor([[0.0, 0.5]]), "got values from 0 to 0.5 with fractions"),
-        (torch.tensor([[0, -1, 3]]), "padding .* behind the end only, got some before it"),
+        (torch.tensor([[0, -1, 3]]), "padding .* behind the end only, got some before"),
     ],
 )
 def test_what_are_no_levels_is_one_sentence(x: Tensor, message: str) -> None:
@@ -379,33 +427,165 @@ def test_what_are_no_levels_is_one_sentence(x: Tensor, message: str) -> None:
         lambda: fit(model, x, steps=1, progress=False),
         lambda: evaluate(model, x),
     ):
-        with pytest.raises(DataError, match=f"^WaveNet expects .*{message}"):
+        with pytest.raises(DataError, match=f"^The data of WaveNet must .*{message}"):
             judge()
 
 
 def test_wrong_requests_are_one_sentence() -> None:
-    model = wavenet()
-    start = recordings(2, 5)
-    for wrong in (
-        lambda: model.sample(2, 0),
-        lambda: model.sample(2, 5, u=torch.rand(2, 5)),
-        lambda: model.sample(2, 4, start=start),
-        lambda: model.sample(3, 6, start=start),
-        lambda: model.sample(2, 6, start=start - 1 - start.min()),
-        lambda: model.sample(2, 6, start=start[0]),
-        lambda: WaveNet(8, head=Softmax(9)),
-        lambda: WaveNet(8, head=LogisticMixture(8, channels=3)),
-        lambda: WaveNet(8, kernel=1),
-        lambda: WaveNet(8, layers=0),
-        lambda: CausalStack(2, 1)(torch.zeros(1, 1, 4)),
-        lambda: CausalAffine(scale=1000.0),
-        lambda: ParallelWaveNet(flows=0),
-        lambda: ParallelWaveNet(scale=-1.0),
-        lambda: distill(student(), wavenet(), torch.zeros(2, 4), steps=1),
-        lambda: distill(student(), wavenet(head="mixture", one_hot=True), start, steps=1),
+    model, flow, start = wavenet(), student(), recordings(2, 5)
+    for wrong, who in (
+        (lambda: model.sample(2, 0), "WaveNet.sample"),
+        (lambda: model.sample(-1, 5), "WaveNet.sample"),
+        (lambda: model.sample(2.0, 5), "WaveNet.sample"),
+        (lambda: model.sample((2, -1), 5), "WaveNet.sample"),
+        (lambda: model.sample(2, 5, temperature=0), "WaveNet.sample"),
+        (lambda: model.sample(2, 5, u=torch.rand(2, 5)), "WaveNet.sample"),
+        (lambda: model.sample(2, 4, start=start), "WaveNet.sample"),
+        (lambda: model.sample(3, 6, start=start), "WaveNet.sample"),
+        (lambda: model.sample(2, 6, start=start[None]), "WaveNet.sample"),
+        (lambda: flow.sample(-1, 5), "ParallelWaveNet.sample"),
+        (lambda: flow.sample(2, 0), "ParallelWaveNet.sample"),
+        (lambda: flow.rsample(2, "5"), "ParallelWaveNet.rsample"),
+        (lambda: flow.sample(2, 5, temperature=-1), "ParallelWaveNet.sample"),
+        (lambda: flow.flow(0), "ParallelWaveNet.flow"),
+        (lambda: WaveNet(1), "WaveNet"),
+        (lambda: WaveNet(8, head=Softmax(9)), "WaveNet"),
+        (lambda: WaveNet(8, head=Softmax), "WaveNet"),
+        (lambda: WaveNet(8, head=LogisticMixture(8, channels=3)), "WaveNet"),
+        (lambda: WaveNet(8, kernel=1), "WaveNet"),
+        (lambda: WaveNet(8, layers=0), "WaveNet"),
+        (lambda: WaveNet(8, channels=(4, 4)), "WaveNet"),
+        (lambda: WaveNet(8, context_shape=0), "WaveNet"),
+        (lambda: CausalStack(0, 1), "CausalStack"),
+        (lambda: CausalStack(2, 1, context_shape=(1, 8, 8)), "CausalStack"),
+        (lambda: CausalStack(2, 1)(torch.zeros(1, 1, 4)), "CausalStack"),
+        (lambda: CausalStack(2, 1, context_shape=2)(torch.zeros(1, 2, 4)), "CausalStack"),
+        (lambda: CachedSteps(CausalStack(2, 1, context_shape=2), 1), "CausalStack"),
+        (lambda: CachedSteps(CausalStack, 1), "CachedSteps"),
+        (lambda: CausalAffine(scale=1000.0), "CausalAffine"),
+        (lambda: CausalAffine(bound=0), "CausalAffine"),
+        (lambda: CausalAffine(layers=2)(torch.zeros(2, 0)), "CausalAffine"),
+        (lambda: ParallelWaveNet(flows=0), "ParallelWaveNet"),
+        (lambda: ParallelWaveNet(scale=-1.0), "ParallelWaveNet"),
+        (lambda: ParallelWaveNet(scale=1e12), "ParallelWaveNet with 3 flows"),
+        (lambda: pad(start, [5, 5]), "pad"),
+        (lambda: pad(start, torch.tensor([5, -1])), "pad"),
+        (lambda: distillation_loss(flow, model, start.double()), "distillation_loss"),
+        (lambda: distill(flow, model, torch.zeros(2, 4), steps=1), "distill"),
+        (lambda: distill(flow, wavenet(head="mixture", one_hot=True), start, steps=1), "distill"),
     ):
-        with pytest.raises(ValueError, match=ONE_SENTENCE):
+        with pytest.raises(ValueError, match=rf"^{who} expects .*, got .*\.$"):
             wrong()
+    with pytest.raises(DataError, match=r"^The start of WaveNet\.sample must hold whole numbers"):
+        model.sample(2, 6, start=start - 1 - start.min())
+
+
+def test_sizes_from_numpy_serve() -> None:
+    two = np.int64(2)
+    model = WaveNet(np.int64(4), two, two, two, two, two, np.int64(3))
+    assert model.event_shape == (None,)
+    assert model.sample(two, two, torch.zeros(3)).shape == (2, 2)
+    assert ParallelWaveNet(two, two, two, two).sample(two, two).shape == (2, 2)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("cached", [True, False])
+def test_draws_for_each_of_some_contexts(head: str, cached: bool) -> None:
+    model = wavenet(head=head, context=2)
+    c = torch.randn(3, 2, dtype=torch.float64)
+    u = torch.rand(2, 3, model.head.uniforms, 20, dtype=torch.float64)
+    start = recordings(3, 4)
+    drawn = model.sample((2,), 20, c, u=u, start=start, cached=cached)
+    assert drawn.shape == (2, 3, 20)
+    for k in range(2):
+        for m in range(3):
+            one = model.sample(1, 20, c[m], u=u[k, m], start=start[m], cached=cached)
+            assert torch.equal(drawn[k, m], one[0])
+    # The student, too; its log-densities have the shape of the draws.
+    c = torch.randn(4, 2, dtype=torch.float64)
+    flow = student(context=2)
+    x, log_prob = flow.rsample_with_log_prob((3,), 7, c)
+    assert x.shape == (3, 4, 7)
+    expected = torch.stack([flow.log_prob(row, c) for row in x])
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_samples_are_ordinary_tensors_without_a_graph() -> None:
+    for x in (wavenet().sample(2, 8), student().sample(2, 8)):
+        assert (x.requires_grad, x.is_inference()) == (False, False)
+        x.numpy()
+        x.add_(1)
+    flow = student()
+    made = flow.rsample(2, 8)
+    assert all(g.any() for g in torch.autograd.grad(made.square().sum(), flow.parameters()))
+
+
+def test_a_generator_and_a_temperature() -> None:
+    before = torch.get_rng_state()
+    for model in (wavenet(), wavenet(head="mixture"), student()):
+        seeded = [
+            model.sample(3, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        ]
+        assert torch.equal(seeded[0], seeded[1])
+        assert not torch.equal(seeded[0], seeded[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    for model in (wavenet(), wavenet(head="mixture")):
+        for cached in (True, False):
+            cold = model.sample(10, 20, temperature=1e-3, cached=cached)
+            assert torch.equal(cold, cold[:1].expand(10, 20))
+    flow = student(flows=1)
+    hot, cold = (
+        flow.sample(4, 9, temperature=t, generator=torch.Generator().manual_seed(0))
+        for t in (1.0, 0.5)
+    )
+    z, cool = (flow.bijection(x)[0] for x in (hot, cold))
+    torch.testing.assert_close(cool, 0.5 * z)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "mixture", "one-hot", "student"])
+@pytest.mark.parametrize("context", [None, 2])
+def test_a_model_can_be_copied_pickled_and_converted(kind: str, context: int | None) -> None:
+    def make() -> WaveNet | ParallelWaveNet:
+        if kind == "student":
+            return student(context).float()
+        head = "softmax" if kind == "one-hot" else kind
+        return wavenet(head=head, context=context, one_hot=kind == "one-hot").float()
+
+    model, c = make(), None if context is None else torch.randn(2, context)
+    x = model.sample(2, 9, c)
+    expected = model.log_prob(x, c)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.log_prob(x, c), expected)
+    double, wide = copy.deepcopy(model).double(), None if c is None else c.double()
+    y = x.double() if kind == "student" else x
+    found = double.log_prob(y, wide)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-4)
+    fresh = make()
+    fresh.load_state_dict(double.state_dict(), assign=True)
+    assert torch.equal(fresh.log_prob(y, wide), found)
+    fresh.log_prob(y, wide).sum().backward()
+    assert all(p.is_leaf and p.grad is not None for p in fresh.parameters())
+    assert fresh.sample(2, 9, wide).dtype == (torch.float64 if kind == "student" else torch.int64)
+
+
+def test_the_student_compiles_whole_and_follows_functions_of_torch_func() -> None:
+    flow = student(flows=2, layers=1, blocks=1)
+    x = flow.sample(3, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), flow(x))
+    with torch.no_grad():
+        each = torch.func.vmap(lambda row: flow.bijection(row[None])[1][0])(x)
+        torch.testing.assert_close(each, flow.bijection(x)[1])
+
+
+def test_nothing_of_the_models_needs_a_picture_or_a_data_set() -> None:
+    code = "import sys, nflib.wavenet, nflib.pixel; print([m for m in sys.modules if m in {names}])"
+    names = ["matplotlib", "nflib.audio", "nflib.train", "nflib.data", "nflib.plot", "scipy"]
+    command = [sys.executable, "-c", code.format(names=names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_it_learns_a_tone_and_evaluate_counts_bits_a_sample() -> None:
@@ -559,7 +739,7 @@ def test_the_loss_reaches_the_student_through_the_teachers_past() -> None:
     torch.manual_seed(0)
     teacher = wavenet(64, "mixture")
     model = student(scale=0.3)
-    z = StandardLogistic(20).double().sample(2).requires_grad_()
+    z = StandardLogistic(20).double().sample(2)
     loss, _ = distillation_loss(model, teacher, z)
     assert all(bool(g.any()) for g in torch.autograd.grad(loss, model.parameters()))
 

@@ -202,7 +202,7 @@ def page() -> str:
     parts.append(precision(peers["configurations"]))
     parts.append("## Memory that does not grow with depth\n")
     parts.append(
-        'With `reversible.Reversible(*layers)`, or `reversible.turn_on(model)`, the backward '
+        "With `reversible.Reversible(*layers)`, or `reversible.turn_on(model)`, the backward "
         "pass rebuilds activations from the output by the layers' inverses, see "
         "[reversible](api/reversible.md). Peak bytes of a forward and backward pass, without the "
         f"parameters and their gradients; {memory['hardware']}, {memory['threads']} thread, torch "

@@ -86,8 +86,9 @@ class StandardNormal(Base):
         return log_normal(z)
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        like = {"device": self.anchor.device, "dtype": self.anchor.dtype}
-        return torch.randn(n, *self.event_shape, generator=generator, **like)  # type: ignore[arg-type]
+        where, dtype = self.anchor.device, self.anchor.dtype
+        shape = (n, *self.event_shape)
+        return torch.randn(shape, generator=generator, device=where, dtype=dtype)
 
 
 class StandardLogistic(Base):
@@ -102,8 +103,9 @@ class StandardLogistic(Base):
         return -sum_event(z.abs() + 2 * nn.functional.softplus(-z.abs()))
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        like = {"device": self.anchor.device, "dtype": self.anchor.dtype}
-        u = torch.rand(n, *self.event_shape, generator=generator, **like)  # type: ignore[arg-type]
+        where, dtype = self.anchor.device, self.anchor.dtype
+        shape = (n, *self.event_shape)
+        u = torch.rand(shape, generator=generator, device=where, dtype=dtype)
         return u.clamp_min(torch.finfo(u.dtype).tiny).log() - (-u).log1p()
 
 

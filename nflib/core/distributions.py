@@ -77,7 +77,6 @@ class Held(nn.Module):
         # What is no tensor and holds none.
         self.plain: dict[str, Any] = {}
         self.ranges: dict[str, Any] = {}
-        self.lists: dict[str, int] = {}
         self.template = None if isinstance(held, Distribution) else copy.copy(held)
         for name, value in _arguments(held).items():
             self._hold(name, value, getattr(held, "arg_constraints", {}).get(name))
@@ -93,7 +92,6 @@ class Held(nn.Module):
         if isinstance(value, Distribution | Transform):
             self.add_module(name, Held(value))
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Transform):
-            self.lists[name] = len(value)
             self.add_module(name, nn.ModuleList(Held(part) for part in value))
         elif not isinstance(value, Tensor):
             self.plain[name] = value
@@ -103,7 +101,7 @@ class Held(nn.Module):
             leaf = self._leaf(name, value)
             if constraint is None or _is_free(constraint):
                 # The user's own tensor, which then holds what was learned.
-                leaf._is_param = True  # type: ignore[attr-defined]
+                leaf._is_param = True
                 self.register_parameter(name, leaf)  # type: ignore[arg-type]
             else:
                 free = torch.distributions.biject_to(constraint).inv(leaf.detach())
@@ -132,16 +130,24 @@ class Held(nn.Module):
             at = self.ranges.get(name)
             found[name] = tensor if at is None else torch.distributions.biject_to(at)(tensor)
         for name, inner in self.named_children():
-            is_list = name in self.lists
-            found[name] = [part.build() for part in inner] if is_list else inner.build()  # type: ignore[union-attr, operator]
+            found[name] = _built(inner)
         if self.template is not None:
             again = copy.copy(self.template)
             vars(again).update({"_inv": None} | found)
             return again
-        return self.kind(**found, validate_args=False)
+        make: Any = self.kind
+        return make(**found, validate_args=False)
 
     def extra_repr(self) -> str:
         return self.kind.__name__
+
+
+def _built(inner: nn.Module) -> Any:
+    """What a `Held` holds, or what each of a list of them does."""
+    if isinstance(inner, nn.ModuleList):
+        return [_built(part) for part in inner]
+    assert isinstance(inner, Held)  # nothing else is put there
+    return inner.build()
 
 
 # Where torch's combinations keep what their constructors were given.

@@ -95,7 +95,7 @@ class Model(nn.Module):
         """The shape of the draws, and one context for each of them, in that order."""
         name = f"{type(self).__name__}.{method}"
         is_shape = isinstance(n, tuple | list)
-        wanted = tuple(n) if is_shape else (n,)  # type: ignore[arg-type]
+        wanted: tuple[Any, ...] = tuple(n) if isinstance(n, tuple | list) else (n,)
         if any(isinstance(k, bool) or not hasattr(k, "__index__") or k < 0 for k in wanted):
             raise ArgumentError(
                 f"{name} expects a number of draws of at least 0, or a shape of them, got {n!r}."

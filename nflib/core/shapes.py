@@ -46,8 +46,7 @@ def meet(one: EventShape | None, other: EventShape | None) -> EventShape | None:
         return one if other is None else other
     if ... in one and ... in other:
         # How many dims there are stays open; the first ones can be compared.
-        heads = (each[: each.index(...)] for each in (one, other))
-        _common(*heads, strict=False)
+        _common(one[: one.index(...)], other[: other.index(...)], strict=False)
         return max(one, other, key=len)
     rank = len(one) if ... in other else len(other)
     return _common(widen(one, rank), widen(other, rank))

@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nflib.core import Bijection, Compose, Flow, Inverse
+from nflib.core import Compose, Flow, Inverse, Layer
 from nflib.plot.arrays import Map, apply, like_model, log_density, looking, points
 from nflib.plot.look import (
     DATA,
@@ -107,7 +107,7 @@ def grid(
     lines that stay straight mean a linear map; lines that cross mean that the map is no bijection.
 
     Args:
-        fn: takes ``(N, 2)``, returns ``(N, 2)`` or a pair that starts with it (a `Bijection`).
+        fn: takes ``(N, 2)``, returns ``(N, 2)`` or a pair that starts with it (a `Layer`).
         limits: the square on which the grid starts.
         lines: lines in each direction.
         view: the part of the plane that is shown; by default all of the image.
@@ -147,7 +147,7 @@ def layers(
     a flow bends and stretches, but it never tears or mixes them.
 
     Args:
-        flow: a `Flow`, a `Compose` or one `Bijection`.
+        flow: a `Flow`, a `Compose` or one `Layer`.
         x: points ``(N, 2)`` to start from, or how many to draw: from the flow itself for
             ``direction="forward"``, from its base for ``"inverse"``.
         direction: ``"forward"`` shows data becoming noise, ``"inverse"`` noise becoming data.
@@ -179,8 +179,8 @@ def path(
     if direction not in ("forward", "inverse"):
         raise ValueError(f'path expects direction "forward" or "inverse", got {direction!r}.')
     bijection = flow.bijection if isinstance(flow, Flow) else flow
-    if not isinstance(bijection, Bijection):
-        raise ValueError(f"path expects a Flow or a Bijection, got {type(flow).__name__}.")
+    if not isinstance(bijection, Layer):
+        raise ValueError(f"path expects a Flow or a layer, got {type(flow).__name__}.")
     forward = direction == "forward"
     with looking(flow):
         if isinstance(x, int):
@@ -236,7 +236,7 @@ def rank_colours(x: Any) -> NDArray[Any]:
     return place_colours(order / max(len(order) - 1, 1))
 
 
-def _unrolled(bijection: Bijection, forward: bool) -> list[tuple[Bijection, bool]]:
+def _unrolled(bijection: Layer, forward: bool) -> list[tuple[Layer, bool]]:
     """The layers in the order in which they are applied, and which way each of them runs."""
     if isinstance(bijection, Inverse):
         return _unrolled(bijection.bijection, not forward)

@@ -171,22 +171,24 @@ class ParallelWaveNet(Model):
         self.bijection = Compose(
             *(CausalAffine(*sizes, context_shape, scale ** (1 / flows)) for _ in range(flows))
         )
+        self.noise = StandardLogistic(1)  # of one sample
         self.context_shape = self.bijection.context_shape
         self.event_shape = (None,)
 
     @checked
     def flow(self, length: Size) -> Flow:
         """The same density over waveforms of one length as a `Flow`; parameters are shared."""
-        return Flow(self.bijection, self._noise(length))
-
-    def _noise(self, length: int) -> StandardLogistic:
-        return StandardLogistic(length).to(next(self.parameters()))
+        return Flow(self.bijection, StandardLogistic(length).to(next(self.parameters())))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density of waveforms ``(batch, length)`` in nats, ``(batch,)``."""
         context = self._check(x, context)
         z, log_det = self.bijection(x, context)
-        return self._noise(x.shape[1]).log_prob(z) + log_det
+        return self._log_noise(z) + log_det
+
+    def _log_noise(self, z: Tensor) -> Tensor:
+        """The log-density of noise of any length."""
+        return self.noise.log_prob(z.reshape(-1, 1)).view(z.shape).sum(1)
 
     def _check(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         """The context of a batch of waveforms, a row each; refuses what is no such batch."""
@@ -251,10 +253,10 @@ class ParallelWaveNet(Model):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         shape, context = self._plan(method, n, context)
-        noise = self._noise(length)
-        z = noise.rsample(shape.numel(), temperature=temperature, generator=generator)
+        z = self.noise.rsample(shape.numel() * length, temperature=temperature, generator=generator)
+        z = z.view(-1, length).to(next(self.parameters()))
         x, log_det = self.bijection.inverse(z, context)
-        return x.reshape(*shape, length), (noise.log_prob(z) - log_det).reshape(shape)
+        return x.reshape(*shape, length), (self._log_noise(z) - log_det).reshape(shape)
 
     def conditionals(
         self, z: Tensor, context: Tensor | None = None
