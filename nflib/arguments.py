@@ -216,11 +216,16 @@ def _rules(function: Callable[..., Any], signature: inspect.Signature) -> dict[s
         hints = {}
     found = {"": Rule("", lambda value: value)}  # so that it is never empty again
     for name, parameter in signature.parameters.items():
-        is_many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        rule = None if is_many or name not in hints else _rule(hints[name])
+        is_known = name in hints and parameter.kind is not parameter.VAR_KEYWORD
+        rule = _rule(hints[name]) if is_known else None
         if rule is not None:
-            found[name] = rule
+            found[name] = _each(rule) if parameter.kind is parameter.VAR_POSITIONAL else rule
     return found
+
+
+def _each(rule: Rule) -> Rule:
+    """The rule of ``*names``."""
+    return Rule(f"{rule.words} each", lambda values: tuple(map(rule.accept, values)))
 
 
 def _rule(hint: Any) -> Rule | None:
@@ -269,7 +274,9 @@ def _either(hints: Sequence[Any]) -> Rule | None:
 
 
 def _among(value: Any, choices: tuple[Any, ...]) -> Any:
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+    if not isinstance(value, str):
+        value = integer(value)
+    if value not in choices:
         raise ValueError
     return value
 

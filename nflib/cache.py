@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nflib.arguments import checked
+
 # What is kept for each module of the models that `cached` was given; None outside of any block.
 _kept: ContextVar[dict[nn.Module, dict[str, Tensor]] | None] = ContextVar("kept", default=None)
 
 
+@checked
 @contextmanager
 def cached(model: nn.Module) -> Iterator[None]:
     """Keep what the model's methods marked `kept` return, as long as the block runs.

@@ -70,8 +70,8 @@ class DimensionMask(Mask):
         flags = keep if isinstance(keep, Tensor) else torch.tensor(_flags(keep))
         if flags.dtype != torch.bool or flags.ndim != 1 or flags.all() or not flags.any():
             raise ArgumentError(
-                "DimensionMask expects a truth value for each dimension, some true and some "
-                f"false, got {show(flags.tolist())}."
+                "DimensionMask expects keep to hold a truth value for each dimension, some true "
+                f"and some false, got {show(flags.tolist())}."
             )
         self.dim, self.inputs = len(flags), int(flags.sum())
         self.outputs = self.dim - self.inputs

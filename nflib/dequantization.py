@@ -155,6 +155,11 @@ class Logit(Bijection):
     alpha keeps x = 0 and x = 1 at a finite distance. RealNVP (Dinh et al. 2016,
     https://arxiv.org/abs/1605.08803) prints alpha + (1 - alpha) x, which only the lower end needs.
 
+    Beyond [0, 1], where there are no data but a model has samples, the map goes on as a straight
+    line of the slope at the end, ``m = (1 - 2 alpha) / (alpha (1 - alpha))``. The logit itself
+    would become so steep there that the next float32 below p = 1 is z = 17, and a sample beyond it
+    could not be told from infinity: its density would be that of another point.
+
     Args:
         alpha: in (0, 0.5).
 
@@ -180,15 +185,22 @@ class Logit(Bijection):
             )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
-        return z, self._log_det(z)
+        inside = x.clamp(0, 1)
+        z = torch.logit(self.alpha + (1 - 2 * self.alpha) * inside)
+        return z + self._steepest() * (x - inside), self._log_det(z)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
-        return x, -self._log_det(z)
+        end = math.log1p(-self.alpha) - math.log(self.alpha)
+        inside = z.clamp(-end, end)
+        x = (torch.sigmoid(inside) - self.alpha) / (1 - 2 * self.alpha)
+        return x + (z - inside) / self._steepest(), -self._log_det(inside)
+
+    def _steepest(self) -> float:
+        """dz/dx at both ends of [0, 1]."""
+        return (1 - 2 * self.alpha) / (self.alpha * (1 - self.alpha))
 
     def _log_det(self, z: Tensor) -> Tensor:
-        """dp/dz = p (1 - p), and log p = logsigmoid(z): far out as exact as near zero."""
+        """dp/dz = p (1 - p), and log p = logsigmoid(z)."""
         terms = math.log(1 - 2 * self.alpha) - F.logsigmoid(z) - F.logsigmoid(-z)
         return sum_log_det(terms)
 

@@ -171,8 +171,8 @@ class Triangular(Linear):
             torch.equal(keep(start), start) and bool((start.diagonal() > 0).all())
         ):
             raise ShapeError(
-                f"Triangular expects {'an upper' if upper else 'a lower'} triangular matrix of "
-                f"shape {(dim, dim)} with positive diagonal, "
+                f"Triangular expects weight to be {'an upper' if upper else 'a lower'} triangular "
+                f"matrix of shape {(dim, dim)} with positive diagonal, "
                 f"got another of shape {tuple(start.shape)}."
             )
         indices = torch.triu_indices if upper else torch.tril_indices
@@ -208,7 +208,7 @@ class BlockDiagonal(Linear):
     def __init__(self, dim: Size, block: Size, bias: bool = True) -> None:
         super().__init__(dim, bias)
         if dim % block:
-            raise ShapeError(f"BlockDiagonal expects a block size that divides {dim}, got {block}.")
+            raise ShapeError(f"BlockDiagonal expects block to divide dim = {dim}, got {block}.")
         self.block = block
         blocks = [random_rotation(block) for _ in range(dim // block)]
         self.blocks = nn.Parameter(torch.stack(blocks))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nflib.arguments import ArgumentError, EventSizes, ImageShape, Size, checked
+from nflib.arguments import ArgumentError, EventSizes, ImageShape, Size, Whole, checked
 from nflib.core import (
     Bijection,
     EventShape,
@@ -98,6 +98,8 @@ class Bands(Patches):
 
     @checked
     def __init__(self, shape: ImageShape, rows: Size) -> None:
+        if shape[1] % rows:
+            raise ShapeError(f"Bands expects rows to divide the height {shape[1]}, got {rows}.")
         super().__init__(shape, (rows, shape[2]))
 
 
@@ -111,12 +113,12 @@ class Shift(Bijection):
         steps: s for each of the last dims: one for a vector, two for an image.
     """
 
-    def __init__(self, *steps: int) -> None:
+    @checked
+    def __init__(self, *steps: Whole) -> None:
         super().__init__()
-        if not steps or any(not isinstance(step, int) or isinstance(step, bool) for step in steps):
+        if not steps:
             raise ArgumentError(
-                "Shift expects whole numbers, how far to move each of the last dims, "
-                f"got {steps or 'nothing'}."
+                "Shift expects steps, how far to move each of the last dims, got nothing."
             )
         self.steps = steps
         self.dims = tuple(range(-len(steps), 0))

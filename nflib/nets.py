@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from nflib.arguments import (
     ArgumentError,
     ContextShape,
     Count,
+    Rule,
     Share,
     Sides,
     Size,
@@ -30,8 +32,18 @@ from nflib.arguments import (
 )
 from nflib.core import EventShape, ShapeError, describe
 
-# A class of torch.nn, or a function that makes an activation.
-Activation = Callable[[], nn.Module]
+
+def _activation(value: Any) -> Any:
+    # Tried once: a layer of torch.nn that wants sizes says so far from here.
+    if isinstance(value, nn.Module) or not isinstance(value(), nn.Module):
+        raise TypeError
+    return value
+
+
+Activation = Annotated[
+    Callable[[], nn.Module],
+    Rule("a class of torch.nn, or a function, that makes an activation", _activation),
+]
 
 
 class MLP(nn.Module):
@@ -40,7 +52,7 @@ class MLP(nn.Module):
     Args:
         inputs, outputs: numbers a row.
         hidden: widths of the hidden layers.
-        context_shape: size of a context vector, which is appended to the input.
+        context_dim: size of a context vector, which is appended to the input.
         dropout: share of hidden units that are dropped in training.
         activation: between the layers.
         weight_norm: learn direction and length of each unit's weights separately (Salimans and
@@ -53,14 +65,14 @@ class MLP(nn.Module):
         inputs: Size,
         outputs: Size,
         hidden: Widths = (128, 128),
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         dropout: Share = 0.0,
         activation: Activation = nn.ReLU,
         weight_norm: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.inputs = "MLP", inputs
-        self.context_shape = vector_context(context_shape, self.name)
+        self.context_shape = vector_context(context_dim, self.name)
         sizes = [inputs + (self.context_shape[0] if self.context_shape else 0), *widths(hidden)]
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
@@ -82,7 +94,7 @@ class ResidualMLP(nn.Module):
     Args:
         inputs, outputs: numbers a row.
         hidden: one block for each entry, all of the same width.
-        context_shape, dropout, activation: as in `MLP`.
+        context_dim, dropout, activation: as in `MLP`.
     """
 
     @checked
@@ -91,14 +103,14 @@ class ResidualMLP(nn.Module):
         inputs: Size,
         outputs: Size,
         hidden: Widths = (128, 128),
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         dropout: Share = 0.0,
         activation: Activation = nn.ReLU,
     ) -> None:
         super().__init__()
         width = equal_widths(hidden, "ResidualMLP")
         self.name, self.inputs = "ResidualMLP", inputs
-        self.context_shape = vector_context(context_shape, self.name)
+        self.context_shape = vector_context(context_dim, self.name)
         self.first = nn.Linear(inputs + (self.context_shape[0] if self.context_shape else 0), width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -137,7 +149,7 @@ class _ImageInput(nn.Module):
         self.name, self.inputs = name, inputs
         if shape is not None and len(shape) not in (1, 3):
             raise ArgumentError(
-                f"{name} expects context_shape to be K or (K, height, width), got {tuple(shape)}."
+                f"{name} expects context_dim to be K or (K, height, width), got {tuple(shape)}."
             )
         self.context_shape = shape
         self.is_image = shape is not None and len(shape) == 3
@@ -161,7 +173,7 @@ class ConvNet(nn.Module):
     Args:
         inputs, outputs: channels.
         hidden: channels in between; each width after the first adds a 1x1 convolution.
-        context_shape: size of a context vector, or shape ``(K, H, W)`` of an image of context.
+        context_dim: size of a context vector, or shape ``(K, H, W)`` of an image of context.
         dropout: share of hidden values that are dropped in training.
     """
 
@@ -171,12 +183,12 @@ class ConvNet(nn.Module):
         inputs: Size,
         outputs: Size,
         hidden: Widths = 128,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         channels = widths(hidden)
-        self.first = _ImageInput("ConvNet", inputs, channels[0], shape_of(context_shape))
+        self.first = _ImageInput("ConvNet", inputs, channels[0], shape_of(context_dim))
         self.context_shape = self.first.context_shape
         layers: list[nn.Module] = [in_place(nn.ReLU)]
         for before, after in pairwise(channels):
@@ -197,7 +209,7 @@ class ResidualConvNet(nn.Module):
     Args:
         inputs, outputs: channels.
         hidden: one block for each entry, all of the same number of channels.
-        context_shape, dropout: as in `ConvNet`.
+        context_dim, dropout: as in `ConvNet`.
         weight_norm: as in `MLP`.
     """
 
@@ -207,13 +219,13 @@ class ResidualConvNet(nn.Module):
         inputs: Size,
         outputs: Size,
         hidden: Widths = (64, 64),
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         dropout: Share = 0.0,
         weight_norm: bool = True,
     ) -> None:
         super().__init__()
         width = equal_widths(hidden, "ResidualConvNet")
-        shape = shape_of(context_shape)
+        shape = shape_of(context_dim)
         self.first = _ImageInput("ResidualConvNet", inputs, width, shape, weight_norm)
         self.context_shape = self.first.context_shape
 
@@ -250,7 +262,7 @@ class GatedConvNet(nn.Module):
         blocks: number of blocks.
         heads: of the attention; 0 leaves the attention out.
         size: height and width, if the attention shall know where a pixel is.
-        context_shape, dropout: as in `ConvNet`.
+        context_dim, dropout: as in `ConvNet`.
     """
 
     @checked
@@ -262,7 +274,7 @@ class GatedConvNet(nn.Module):
         blocks: Size | None = None,
         heads: Count = 4,
         size: Sides | None = None,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
@@ -271,7 +283,7 @@ class GatedConvNet(nn.Module):
             raise ArgumentError(
                 f"GatedConvNet expects hidden to be a multiple of heads, got {width} and {heads}."
             )
-        self.first = _ImageInput("GatedConvNet", inputs, width, shape_of(context_shape))
+        self.first = _ImageInput("GatedConvNet", inputs, width, shape_of(context_dim))
         self.context_shape = self.first.context_shape
         layers: list[nn.Module] = []
         for _ in range(blocks or len(widths(hidden))):
@@ -334,7 +346,8 @@ class NormedLinear(nn.Linear):
     Not torch's parametrization, of which no model can be pickled.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    @checked
+    def __init__(self, inputs: Size, outputs: Size) -> None:
         super().__init__(inputs, outputs)
         _take_weight_apart(self)
 
@@ -345,7 +358,8 @@ class NormedLinear(nn.Linear):
 class NormedConv2d(nn.Conv2d):
     """The same for a convolution: one length for each output channel."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, padding: int = 0) -> None:
+    @checked
+    def __init__(self, inputs: Size, outputs: Size, kernel: Size, padding: Count = 0) -> None:
         super().__init__(inputs, outputs, kernel, padding=padding)
         _take_weight_apart(self)
 
@@ -415,19 +429,19 @@ def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     return (hidden, hidden) if isinstance(hidden, int) else tuple(hidden)
 
 
-def shape_of(context_shape: int | EventShape | None) -> EventShape | None:
+def shape_of(context_dim: int | EventShape | None) -> EventShape | None:
     """The shape of one row of context, of its size or its shape."""
-    return (context_shape,) if isinstance(context_shape, int) else context_shape
+    return (context_dim,) if isinstance(context_dim, int) else context_dim
 
 
-def vector_context(context_shape: int | EventShape | None, name: str) -> tuple[int] | None:
+def vector_context(context_dim: int | EventShape | None, name: str) -> tuple[int] | None:
     """The shape of a context vector, from its size or its shape."""
-    shape = shape_of(context_shape)
+    shape = shape_of(context_dim)
     if shape is None:
         return None
     if len(shape) != 1:
         raise ArgumentError(
-            f"{name} expects context_shape to be the size of a vector, got {shape}."
+            f"{name} expects context_dim to be the size of a vector, got {shape}."
         )
     return (shape[0],)
 

@@ -8,7 +8,7 @@ What keeps each of them a bijection is one positive number, a softplus or a prod
 which it stretches space where it squeezes most. Log-dets and inverses are written in that number
 and sums of positive terms: ``1 + g`` with g close to -1 would round to zero.
 
-With ``context_shape`` the parameters depend on the context through a linear layer, as an amortised
+With ``context_dim`` the parameters depend on the context through a linear layer, as an amortised
 posterior needs.
 """
 
@@ -30,10 +30,10 @@ from nflib.rootfinding import solve_increasing
 class ConditionedParameters(Bijection):
     """Named parameters that a linear function of the context may shift, row by row."""
 
-    def __init__(self, dim: int, context_shape: ContextShape, **start: Tensor) -> None:
+    def __init__(self, dim: int, context_dim: ContextShape, **start: Tensor) -> None:
         super().__init__()
         self.dim, self.event_shape = dim, (dim,)
-        self.context_shape = vector_context(context_shape, type(self).__name__)
+        self.context_shape = vector_context(context_dim, type(self).__name__)
         self._names = tuple(start)
         for name, value in start.items():
             self.register_parameter(name, nn.Parameter(value))
@@ -73,17 +73,17 @@ class Planar(ConditionedParameters):
 
     Args:
         dim: number of dimensions D.
-        context_shape: size of the context that shifts u, w and b, if any.
+        context_dim: size of the context that shifts u, w and b, if any.
     """
 
     exact_inverse = False
 
     @checked
-    def __init__(self, dim: Size, context_shape: ContextShape = None) -> None:
+    def __init__(self, dim: Size, context_dim: ContextShape = None) -> None:
         w = torch.randn(dim) / dim**0.5
         # m = 1 at w^T u = log(e - 1), and u along w leaves nothing else of u'.
         u = math.log(math.e - 1) * w / w.square().sum()
-        super().__init__(dim, context_shape, u=u, w=w, b=torch.randn(1))
+        super().__init__(dim, context_dim, u=u, w=w, b=torch.randn(1))
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(u', w, b, m)."""
@@ -122,13 +122,13 @@ class Radial(ConditionedParameters):
 
     Args:
         dim: number of dimensions D.
-        context_shape: size of the context that shifts x0, a and c, if any.
+        context_dim: size of the context that shifts x0, a and c, if any.
     """
 
     @checked
-    def __init__(self, dim: Size, context_shape: ContextShape = None) -> None:
+    def __init__(self, dim: Size, context_dim: ContextShape = None) -> None:
         start = {"centre": torch.randn(dim), "a": torch.zeros(1), "c": 0.5 * torch.randn(1)}
-        super().__init__(dim, context_shape, **start)
+        super().__init__(dim, context_dim, **start)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centre, alpha, gamma = self._constrained(context)
@@ -176,21 +176,21 @@ class Sylvester(ConditionedParameters):
     Args:
         dim: number of dimensions D.
         rank: number M <= D of directions, by default D.
-        context_shape: size of the context that shifts Q, R, R' and b, if any.
+        context_dim: size of the context that shifts Q, R, R' and b, if any.
     """
 
     exact_inverse = False
 
     @checked
     def __init__(
-        self, dim: Size, rank: Size | None = None, context_shape: ContextShape = None
+        self, dim: Size, rank: Size | None = None, context_dim: ContextShape = None
     ) -> None:
         m = dim if rank is None else rank
         if m > dim:
             raise ArgumentError(f"Sylvester expects a rank of at most dim = {dim}, got {m}.")
         super().__init__(
             dim,
-            context_shape,
+            context_dim,
             vectors=torch.randn(m, dim),
             triangles=torch.randn(m, m) / m**0.5,
             diagonal=torch.randn(m) / m**0.5,

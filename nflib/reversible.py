@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nflib.arguments import checked
 from nflib.core import Compose, Inverse, Layer, in_turn, sum_log_det
 from nflib.coupling import Coupling
 from nflib.mixer import AlongChannels
@@ -150,6 +151,7 @@ def obstacle(layer: nn.Module) -> str | None:
     return None
 
 
+@checked
 def turn_on(model: nn.Module) -> nn.Module:
     """Make a model's compositions reversible, in place: all that hold no several-scale part.
 

@@ -60,7 +60,7 @@ mixture, monotone = LogisticMixtureCDF(3), MonotoneNet(3, 2)
 mlp, conv = partial(MLP, hidden=(8,)), partial(ConvNet, hidden=6)
 residual = partial(ResidualConvNet, hidden=(6,))
 gated = partial(GatedConvNet, hidden=4, blocks=1, heads=2)
-mlp2, conv2, residual2, gated2 = (partial(n, context_shape=2) for n in (mlp, conv, residual, gated))
+mlp2, conv2, residual2, gated2 = (partial(n, context_dim=2) for n in (mlp, conv, residual, gated))
 
 # Masks of images: odd and even sizes, none of them square.
 board, board2 = checkerboard(1, 3, 5), checkerboard(2, 3, 2, flip=True)
@@ -73,7 +73,7 @@ maf = partial(MaskedAutoregressive, hidden=(9, 7))
 
 def two_scales(context: int | None = None) -> MultiScale:
     """One channel, then 2 of 4: a coupling that splits channels, and one on a checkerboard."""
-    net = partial(conv, context_shape=context)
+    net = partial(conv, context_dim=context)
     first = Compose(ActNorm(1), Squeeze(), Coupling(channels(4), affine, net))
     return MultiScale((1, 4, 6), first, Coupling(checkerboard(2, 2, 3), affine, net))
 
@@ -91,12 +91,12 @@ LAYERS: dict[str, Case] = {
     "householder": Case(lambda: Householder(4), (4,)),
     "householder of 2": Case(lambda: Householder(4, 2), (4,)),
     "planar": Case(lambda: Planar(3), (3,)),
-    "planar with context": Case(lambda: Planar(3, context_shape=2), (3,), 2),
+    "planar with context": Case(lambda: Planar(3, context_dim=2), (3,), 2),
     "radial": Case(lambda: Radial(3), (3,)),
-    "radial with context": Case(lambda: Radial(3, context_shape=2), (3,), 2),
+    "radial with context": Case(lambda: Radial(3, context_dim=2), (3,), 2),
     "sylvester": Case(lambda: Sylvester(3), (3,)),
     "sylvester of rank 2": Case(lambda: Sylvester(4, 2), (4,)),
-    "sylvester with context": Case(lambda: Sylvester(3, 2, context_shape=2), (3,), 2),
+    "sylvester with context": Case(lambda: Sylvester(3, 2, context_dim=2), (3,), 2),
     "1x1 lu": Case(lambda: Invertible1x1Conv(3), (3, 2, 3)),
     "1x1 dense": Case(lambda: Invertible1x1Conv(3, "dense", bias=True), (3, 2, 3)),
     "periodic, even width": Case(lambda: PeriodicConv(2), (2, 3, 4)),
@@ -129,21 +129,21 @@ LAYERS: dict[str, Case] = {
     "channels, gated": Case(lambda: Coupling(three, mixture, gated), (3, 2, 3)),
     "channels, gated, context": Case(lambda: Coupling(four, mixture, gated2), (4, 3, 2), 2),
     "affine maf": Case(lambda: maf(5, affine), (5,)),
-    "affine maf, context": Case(lambda: maf(4, affine, context_shape=2), (4,), 2),
+    "affine maf, context": Case(lambda: maf(4, affine, context_dim=2), (4,), 2),
     "spline maf, random order": Case(lambda: maf(5, spline, order="random"), (5,)),
     "mixture maf": Case(lambda: maf(3, mixture), (3,)),
-    "monotone maf, context": Case(lambda: maf(3, monotone, context_shape=2), (3,), 2),
+    "monotone maf, context": Case(lambda: maf(3, monotone, context_dim=2), (3,), 2),
     "residual maf": Case(
         lambda: maf(5, spline, hidden=(8,), order=[4, 2, 0, 1, 3], residual=True), (5,)
     ),
     "residual maf, context": Case(
-        lambda: maf(4, affine, hidden=(8, 8), context_shape=2, residual=True), (4,), 2
+        lambda: maf(4, affine, hidden=(8, 8), context_dim=2, residual=True), (4,), 2
     ),
     "jacobi maf": Case(lambda: maf(5, affine, order="random", solver="jacobi"), (5,)),
-    "jacobi maf, context": Case(lambda: maf(4, spline, context_shape=2, solver="jacobi"), (4,), 2),
-    "more dimensions than units": Case(lambda: maf(11, affine, hidden=(4, 3)), (11,)),
+    "jacobi maf, context": Case(lambda: maf(4, spline, context_dim=2, solver="jacobi"), (4,), 2),
+    "more dimensions than units": Case(lambda: maf(11, affine, hidden=(8, 6)), (11,)),
     "iaf": Case(lambda: Inverse(maf(5, affine)), (5,)),
-    "iaf, context": Case(lambda: Inverse(maf(4, spline, context_shape=2)), (4,), 2),
+    "iaf, context": Case(lambda: Inverse(maf(4, spline, context_dim=2)), (4,), 2),
     "pointwise spline": Case(lambda: Pointwise(spline, 3), (3,)),
     "pointwise affine of an image": Case(lambda: Pointwise(affine, (2, 2, 3)), (2, 2, 3)),
     "actnorm": Case(lambda: ActNorm(3), (3,)),
@@ -158,7 +158,7 @@ LAYERS: dict[str, Case] = {
     "logit of an image": Case(lambda: Logit(0.05), (1, 2, 3), draw=torch.rand),
     "inverse": Case(lambda: Inverse(Radial(3)), (3,)),
     "compose": Case(
-        lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_shape=2))), (3,), 2
+        lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_dim=2))), (3,), 2
     ),
     "identity": Case(lambda: Compose(), (3,)),
 }

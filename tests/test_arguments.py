@@ -124,6 +124,7 @@ class Child(Net):
         ({"mode": ["a"]}, r"mode to be 'a' or 'b', got \['a'\]"),
         ({"weight": 3}, "weight to be a Tensor or None, got 3"),
         ({"weight": torch.zeros(2), "scale": "x"}, "scale to be a number, got 'x'"),
+        ({"scale": NAN}, "scale to be a number, got nan"),
         ({"scale": torch.zeros(2, 3)}, r"scale to be a number, got a tensor of shape \(2, 3\)"),
         ({"make": nn.ReLU()}, "make to be a function or a class to call, got an object of ReLU"),
         ({"make": 2}, "make to be a function or a class to call, got 2"),
@@ -138,8 +139,9 @@ def test_a_class_is_named_with_its_argument(wrong: dict[str, Any], words: str) -
 
 
 def test_right_arguments_pass_in_any_way() -> None:
-    net = Net(numpy.int64(3), True, "b", torch.zeros(1), 2, nn.Tanh, LU(2), 5, 6)
+    net = Net(numpy.int64(3), True, "b", torch.zeros(1), 2, nn.Tanh, LU(2), 5, numpy.int64(6))
     assert net.rest == (5, 6)
+    assert [type(k) for k in net.rest] == [int, int]
     assert type(net.size) is int
     assert Net(size=2, weight=None, inner=None).size == 2
 
@@ -150,6 +152,13 @@ def test_a_method_is_named_with_its_class() -> None:
     assert net.grow(3, None) == 5  # a default may be None, whatever the annotation says
     with pytest.raises(ArgumentError, match=r"^Net\.grow expects by to be .*, got 0\.$"):
         net.grow(0)
+
+
+def test_each_of_many_arguments_is_checked() -> None:
+    given = (1, False, "a", None, 1.0, nn.ReLU, None)
+    for rest in (("x",), (1, 2.5), (1, True)):
+        with pytest.raises(ArgumentError, match="^Net expects rest to be a whole number each, got"):
+            Net(*given, *rest)  # type: ignore[arg-type]
 
 
 def test_a_choice_is_of_one_type() -> None:

@@ -44,7 +44,7 @@ ORDERS = {"natural": None, "reversed": [4, 3, 2, 1, 0], "own": [2, 0, 4, 1, 3], 
 NETWORKS = {
     "one layer": {"hidden": (9,)},
     "three layers": {"hidden": (9, 5, 13)},
-    "few units": {"hidden": (2, 3)},
+    "few units": {"hidden": (3, 3)},
     "residual": {"hidden": (8, 8), "residual": True},
     "dropout": {"hidden": (9, 7), "dropout": 0.5},
 }
@@ -86,9 +86,9 @@ def naive(layer: MaskedAutoregressive, z: Tensor, context: Tensor | None = None)
 def test_outputs_see_the_dimensions_before_them(
     order: str, network: str, context: int | None
 ) -> None:
-    made = shaken(MADE(5, 2, context_shape=context, order=ORDERS[order], **NETWORKS[network]))
-    x = torch.randn(6, 5, dtype=torch.float64)
-    c = None if context is None else torch.randn(6, 3, dtype=torch.float64)
+    made = shaken(MADE(5, 2, context_dim=context, order=ORDERS[order], **NETWORKS[network]))
+    x = 4 * torch.randn(30, 5, dtype=torch.float64)  # wakes most of few units
+    c = None if context is None else torch.randn(30, 3, dtype=torch.float64)
     check_autoregressive(lambda a: made(a, c).mT, x, made.order)
     # Networks that are wide enough have a path for every link which the order allows.
     paths = torch.eye(5)
@@ -111,7 +111,7 @@ def test_the_flow_is_triangular_in_its_order(order: str, tau: str) -> None:
 
 
 def test_a_context_reaches_every_dimension() -> None:
-    layer = shaken(MaskedAutoregressive(4, Affine(), (9, 7), context_shape=2))
+    layer = shaken(MaskedAutoregressive(4, Affine(), (9, 7), context_dim=2))
     x, c = torch.randn(3, 4).double(), torch.randn(3, 2).double()
     links = jacobian(lambda a: layer(x, a)[0], c).abs().amax(0)
     assert (links > 0).all()
@@ -201,7 +201,7 @@ def test_wide_layers_do_not_warn(recwarn: pytest.WarningsRecorder) -> None:
 
 
 def test_only_the_weights_in_use_are_stored() -> None:
-    made = MADE(5, 2, (9, 7), context_shape=3)
+    made = MADE(5, 2, (9, 7), context_dim=3)
     used = sum(int(mask.sum()) for mask in made.masks()[:-1]) + 2 * int(made.masks()[-1].sum())
     biases = 9 + 7 + 2 * 5
     assert sum(p.numel() for p in made.parameters()) == used + biases + 9 * 3
@@ -255,7 +255,7 @@ def test_the_order_is_part_of_the_state() -> None:
 @both_solvers
 def test_inverse_is_the_naive_loop(tau: str, network: str, solver: str) -> None:
     options = {"order": ORDERS["own"], "solver": solver, **NETWORKS[network]}
-    layer = shaken(MaskedAutoregressive(5, MAPS[tau], context_shape=2, **options), 0.5)
+    layer = shaken(MaskedAutoregressive(5, MAPS[tau], context_dim=2, **options), 0.5)
     z, c = torch.randn(7, 5).double(), torch.randn(7, 2).double()
     torch.testing.assert_close(layer.inverse(z, c)[0], naive(layer, z, c), atol=1e-12, rtol=1e-12)
     single = layer.float()
@@ -299,7 +299,7 @@ def test_gradients_of_the_inverse_are_the_naive_loops(tau: str, solver: str) -> 
 @every_network
 def test_without_gradients_the_inverse_is_the_same(tau: str, network: str) -> None:
     """Sums are then added up in place, but not under autocast or where a context is mapped over."""
-    layer = shaken(MaskedAutoregressive(9, MAPS[tau], context_shape=2, **NETWORKS[network]), 0.5)
+    layer = shaken(MaskedAutoregressive(9, MAPS[tau], context_dim=2, **NETWORKS[network]), 0.5)
     z, c = torch.randn(7, 9).double(), torch.randn(7, 2).double()
     expected = layer.inverse(z, c)
     with torch.no_grad():
@@ -415,7 +415,7 @@ def test_whole_models_compile_and_keep_their_dtype(
         lambda: MADE(3, 1, ()),
         lambda: MADE(3, 1, (4, 0)),
         lambda: MADE(3, 1, (4, 5), residual=True),
-        lambda: MADE(3, context_shape=0),
+        lambda: MADE(3, context_dim=0),
         lambda: MADE(3, order=[0, 1]),
         lambda: MADE(3, order=[0, 1, 1]),
         lambda: MADE(3, order=[1, 2, 3]),
@@ -434,8 +434,8 @@ def test_whole_models_compile_and_keep_their_dtype(
         lambda: iaf(3, normalization="none"),
         lambda: MADE(3)(torch.randn(2, 4)),
         lambda: MADE(3)(torch.randn(3)),
-        lambda: MADE(3, context_shape=2)(torch.randn(2, 3)),
-        lambda: MADE(3, context_shape=2)(torch.randn(2, 3), torch.randn(2, 3)),
+        lambda: MADE(3, context_dim=2)(torch.randn(2, 3)),
+        lambda: MADE(3, context_dim=2)(torch.randn(2, 3), torch.randn(2, 3)),
         lambda: MaskedAutoregressive(3, Affine())(torch.randn(2, 4)),
         lambda: MaskedAutoregressive(3, Affine()).inverse(torch.randn(2, 4)),
     ],

@@ -152,3 +152,11 @@ def test_importing_nflib_hooks_no_optimizer() -> None:
 
     assert not optimizer._global_optimizer_post_hooks
     assert not optimizer._global_optimizer_pre_hooks
+
+
+@torch.no_grad()
+def test_a_block_for_another_model_leaves_the_outer_ones_kept() -> None:
+    outer, inner = Twice(), Twice()
+    with cached(outer), cached(inner):
+        outer.weight(), outer.weight(), inner.weight(), inner.weight()
+    assert outer.calls == inner.calls == 1

@@ -10,23 +10,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from nflib.arguments import ArgumentError
 from nflib.checks import check_gradients, check_normalized, randomize_parameters
 from nflib.core import (
     Bijection,
     Compose,
+    DataError,
     Flow,
     Inverse,
     ShapeError,
     StandardLogistic,
     StandardNormal,
 )
-from nflib.linear import LU, Dense, Diagonal
+from nflib.dequantization import Logit, UniformDequantization
+from nflib.linear import LU, Dense, Diagonal, Permutation
+from nflib.mixer import Patches
+from nflib.multiscale import Squeeze
+from nflib.normalization import ActNorm
 from nflib.planar import Planar, Radial, Sylvester
 
 
-def small_flow(context_shape: int | None = None) -> Flow:
+def small_flow(context_dim: int | None = None) -> Flow:
     flow = Flow(
-        Compose(LU(2), Planar(2, context_shape), Inverse(Radial(2, context_shape)), Diagonal(2)),
+        Compose(LU(2), Planar(2, context_dim), Inverse(Radial(2, context_dim)), Diagonal(2)),
         StandardNormal(2),
     )
     randomize_parameters(flow, seed=1)
@@ -203,3 +209,99 @@ def test_import_is_cheap() -> None:
         for _ in range(3)
     ]
     assert min(seconds) < 0.3
+
+
+def test_an_inverse_takes_what_its_bijection_returns() -> None:
+    patches = Patches((1, 4, 6), (2, 3))
+    back = Inverse(patches)
+    assert back.event_shape == back.input_shape((1, 4, 6)) == patches.latent_shape == (4, 6)
+    assert back.latent_shape == back.output_shape((4, 6)) == (1, 4, 6)
+    x = torch.randn(2, 1, 4, 6)
+    assert torch.equal(Compose(patches, back)(x)[0], x)
+    with pytest.raises(ShapeError, match=r"^Inverse expects shape \(batch, 4, 6\), got"):
+        back(x)
+    assert Inverse(Planar(2, context_dim=3)).context_shape == (3,)
+
+
+def test_what_does_not_follow_on_another_is_told_when_it_is_built() -> None:
+    with pytest.raises(ShapeError, match=r"^Compose expects .* LU at position 1, which takes \(3,"):
+        Compose(LU(2), LU(3))
+    with pytest.raises(
+        ShapeError, match="^Compose expects one context for all .* Planar .* Radial"
+    ):
+        Compose(Planar(2, context_dim=3), Radial(2, context_dim=4))
+    # What a later layer knows reaches the first one, and the base's sizes the flow.
+    assert Compose(Squeeze(), Permutation(4)).event_shape == (1, None, None)
+    assert Flow(Compose(), StandardNormal((1, 8, 8))).event_shape == (1, 8, 8)
+    assert not Compose(LU(2), Planar(2)).exact_inverse
+    assert len(Compose(LU(2), Planar(2), Diagonal(2))[1:]) == 2  # type: ignore[arg-type]
+
+
+def test_the_first_layer_checks_the_data() -> None:
+    x = torch.full((2, 2), 7.0)
+    Compose(Diagonal(2), Logit()).check_data(x)
+    with pytest.raises(DataError, match="The data of Logit"):
+        Compose(Logit(), Diagonal(2)).check_data(x)
+
+
+def is_normal(x: Tensor) -> bool:
+    return bool((x.mean(0).abs() < 1e-4).all() and ((x.std(0) - 1).abs() < 0.02).all())
+
+
+def test_layers_are_initialized_in_the_order_in_which_they_are_read() -> None:
+    first, second, x = ActNorm(2), ActNorm(2), 5 + 3 * torch.randn(100, 2)
+    Compose(Inverse(Compose(first, second))).initialize(x)
+    assert is_normal(second.inverse(x)[0])
+    assert torch.equal(first.bias, torch.zeros(2)) or is_normal(
+        first.inverse(second.inverse(x)[0])[0]
+    )
+    twice = Inverse(Inverse(ActNorm(2)))
+    twice.initialize(x)
+    assert is_normal(twice(x)[0])
+
+
+def test_a_flow_as_base_is_initialized_with_what_reaches_it() -> None:
+    shift, inner = Diagonal(2), Flow(ActNorm(2), StandardNormal(2))
+    torch.nn.init.constant_(shift.bias, 9.0)  # type: ignore[arg-type]
+    x = torch.randn(100, 2)
+    Flow(shift, inner).initialize(x)
+    assert is_normal(inner.encode(shift(x)[0]).detach())
+
+
+def test_samples_have_no_graph() -> None:
+    flow = small_flow()
+    assert not flow.sample(3).requires_grad
+    assert flow.rsample(3).requires_grad
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, True, "3", (2, -1), None])
+def test_a_number_of_draws_that_is_none_is_one_sentence(n: object) -> None:
+    with pytest.raises(ArgumentError, match="^Flow.sample expects a number of draws of at least 0"):
+        small_flow().sample(n)  # type: ignore[arg-type]
+
+
+def test_contexts_of_every_kind_reach_their_rows() -> None:
+    flow, x, contexts = small_flow(3), torch.randn(4, 2), torch.randn(4, 3)
+    alone = contexts[0]
+    expected = flow.log_prob(x, contexts[:1].expand(4, 3))
+    for one in (alone, contexts[:1]):
+        torch.testing.assert_close(flow.log_prob(x, one), expected)
+        assert flow.sample(5, one).shape == flow.sample((5,), alone).shape == (5, 2)
+    # At temperature 0 a draw is what its context makes of the centre.
+    centre = flow.decode(torch.zeros(4, 2), contexts)
+    draws = flow.sample((2, 3), contexts, temperature=0.0)
+    assert draws.shape == (2, 3, 4, 2)
+    torch.testing.assert_close(draws, centre.expand(2, 3, 4, 2))
+    draws, log_prob = flow.rsample_with_log_prob((2, 3), contexts)
+    assert log_prob.shape == (2, 3, 4)
+    torch.testing.assert_close(flow.log_prob(draws, contexts), log_prob, atol=1e-3, rtol=1e-3)
+    for wrong in (None, contexts[:3], contexts[:, :2], contexts.double(), 3.0):
+        with pytest.raises(ShapeError, match=r"^Flow(\.log_prob)? expects a context .*, got .*\.$"):
+            flow.log_prob(x, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="^Flow expects no context, .* got a tensor"):
+        small_flow().log_prob(x, contexts)
+
+
+def test_a_bound_in_the_base_makes_the_flow_one() -> None:
+    bound = Flow(Compose(UniformDequantization(4), Diagonal(2)), StandardNormal(2))
+    assert Flow(Diagonal(2), bound).likelihood == "lower bound"

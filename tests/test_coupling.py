@@ -134,7 +134,7 @@ def test_a_new_coupling_is_the_identity() -> None:
 @pytest.mark.parametrize("net", [conv, residual, gated], ids=["conv", "residual", "gated"])
 @pytest.mark.parametrize("mask", [checkerboard(2, 3, 2), channels(2)], ids=["board", "channels"])
 def test_an_image_may_be_the_context(net: Callable[..., nn.Module], mask: Mask) -> None:
-    layer = Coupling(mask, Affine(), lambda i, o: net(i, o, context_shape=(1, 3, 2)))
+    layer = Coupling(mask, Affine(), lambda i, o: net(i, o, context_dim=(1, 3, 2)))
     assert layer.context_shape == (1, 3, 2)
     x, context = torch.randn(3, 2, 3, 2), torch.randn(3, 1, 3, 2)
     check_bijection(layer, x, context)
@@ -262,3 +262,27 @@ def test_the_limit_keeps_an_image_flow_from_exploding() -> None:
             coupling.limit = limit
         sizes.append(flow.decode(z).abs().max().item())
     assert sizes[0] < sizes[1] / 10
+
+
+def test_too_few_numbers_and_a_network_that_is_none_are_one_sentence() -> None:
+    for make in (halves, alternating, channels):
+        with pytest.raises(ValueError, match=f"^{make.__name__} expects at least 2 numbers"):
+            make(1)
+    with pytest.raises(ValueError, match="^Coupling expects network to build an nn.Module"):
+        Coupling(halves(4), Affine(), lambda i, o: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_conditioner_names_one_parameter_of_all_entries_after_the_other() -> None:
+    class Named(nn.Module):
+        """Log-scales 0.1 and 0.2, then shifts 3 and 4."""
+
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([0.1, 0.2, 3.0, 4.0]).expand(len(x), 4)
+
+    x = torch.randn(5, 4)
+    scale, shift = torch.tensor([0.1, 0.2]), torch.tensor([3.0, 4.0])
+    z, _ = Coupling(halves(4), Affine(bound=100.0), Named)(x)
+    torch.testing.assert_close(z[:, 2:], x[:, 2:] * scale.exp() + shift)

@@ -34,7 +34,7 @@ def simplex(*shape: int) -> Tensor:
 
 def correlated(*shape: int) -> Tensor:
     """Cholesky factors of correlation matrices."""
-    matrix = torch.randn(*shape).tril()
+    matrix = torch.randn(*shape).double().tril()
     return torch.nn.functional.normalize(matrix, dim=-1) * matrix.diagonal(
         dim1=-2, dim2=-1
     ).sign().unsqueeze(-1)

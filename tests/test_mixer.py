@@ -31,7 +31,7 @@ OPTIONS = {
     "spline": {"elementwise": RationalQuadraticSpline(4), "linear": "permutation"},
     "mixture": {"elementwise": LogisticMixtureCDF(3), "linear": "dense"},
     "maf": {"flow": "maf"},
-    "residual network": {"network": partial(ResidualMLP, hidden=(8,), context_shape=2)},
+    "residual network": {"network": partial(ResidualMLP, hidden=(8,), context_dim=2)},
 }
 
 
@@ -39,7 +39,7 @@ def small(shape: str, **options: object) -> Flow:
     if SHAPES[shape] == 12 and options.get("extraction") == "bands":
         pytest.skip("a vector has no bands")
     context = 2 if "network" in options else None
-    flow = mixerflow(SHAPES[shape], 2, 2, (8,), **{"context_shape": context} | options)  # type: ignore[arg-type]
+    flow = mixerflow(SHAPES[shape], 2, 2, (8,), **{"context_dim": context} | options)  # type: ignore[arg-type]
     randomize_parameters(flow, scale=0.2)
     return flow.eval()
 
@@ -58,7 +58,7 @@ def test_every_variant_is_a_bijection(name: str, shape: str) -> None:
 
 @pytest.mark.parametrize("flow", ["coupling", "maf"])
 def test_context_reaches_every_patch(flow: str) -> None:
-    model = small("grey", context_shape=2, flow=flow)
+    model = small("grey", context_dim=2, flow=flow)
     check_bijection(model.bijection, torch.randn(3, 1, 4, 6), torch.randn(3, 2), randomize=False)
     x = torch.randn(1, 1, 4, 6)
     one, other = (model.encode(x, torch.full((1, 2), c)) for c in (0.0, 1.0))

@@ -67,11 +67,11 @@ def draw(name: str, rows: int = 3) -> Tensor:
 
 
 @every
-@pytest.mark.parametrize("context_shape", [None, 2])
-def test_every_model_is_a_bijection(name: str, context_shape: int | None) -> None:
-    flow = build(name, context_shape=context_shape)
+@pytest.mark.parametrize("context_dim", [None, 2])
+def test_every_model_is_a_bijection(name: str, context_dim: int | None) -> None:
+    flow = build(name, context_dim=context_dim)
     assert flow.likelihood == "exact"
-    context = None if context_shape is None else torch.randn(3, context_shape)
+    context = None if context_dim is None else torch.randn(3, context_dim)
     check_bijection(flow.bijection, draw(name), context)
 
 
@@ -86,7 +86,7 @@ def test_behind_dequantization_stands_a_bijection_too(name: str) -> None:
 
 @every
 def test_context_reaches_every_model_and_is_asked_for(name: str) -> None:
-    flow, x, context = build(name, context_shape=2), draw(name), torch.randn(3, 2)
+    flow, x, context = build(name, context_dim=2), draw(name), torch.randn(3, 2)
     randomize_parameters(flow, scale=0.2)
     assert (flow.log_prob(x, context) != flow.log_prob(x, context + 1)).all()
     assert flow.sample(4, context[:1]).shape == (4, *x.shape[1:])
@@ -96,11 +96,11 @@ def test_context_reaches_every_model_and_is_asked_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VECTOR)
-@pytest.mark.parametrize("context_shape", [None, 2])
-def test_models_in_two_dimensions_integrate_to_one(name: str, context_shape: int | None) -> None:
-    flow = VECTOR[name](2, context_shape=context_shape)
+@pytest.mark.parametrize("context_dim", [None, 2])
+def test_models_in_two_dimensions_integrate_to_one(name: str, context_dim: int | None) -> None:
+    flow = VECTOR[name](2, context_dim=context_dim)
     randomize_parameters(flow, scale=0.2)
-    context = None if context_shape is None else torch.randn(1, 2)
+    context = None if context_dim is None else torch.randn(1, 2)
     # The logistic base of NICE has long tails, and a new monotone network widens the density.
     check_normalized(flow, context, limits=(-30, 30))
 

@@ -56,7 +56,7 @@ def test_rows_do_not_see_one_another(name: str) -> None:
 
 @every
 def test_a_vector_of_context_changes_the_output(name: str) -> None:
-    net, x, context = build(name, context_shape=2), inputs(name), torch.randn(4, 2)
+    net, x, context = build(name, context_dim=2), inputs(name), torch.randn(4, 2)
     assert net.context_shape == (2,)
     assert not net(x, context).any()
     randomize_parameters(net)
@@ -69,7 +69,7 @@ def test_a_vector_of_context_changes_the_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", IMAGE)
 def test_an_image_of_context_changes_the_output(name: str) -> None:
-    net, x, context = build(name, context_shape=(2, 3, 5)), inputs(name), torch.randn(4, 2, 3, 5)
+    net, x, context = build(name, context_dim=(2, 3, 5)), inputs(name), torch.randn(4, 2, 3, 5)
     assert net.context_shape == (2, 3, 5)
     assert not net(x, context).any()
     randomize_parameters(net)
@@ -168,13 +168,13 @@ def test_attention_equals_its_formula() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: MLP(2, 2, context_shape=0),
-        lambda: MLP(2, 2, context_shape=(3, 4, 4)),
+        lambda: MLP(2, 2, context_dim=0),
+        lambda: MLP(2, 2, context_dim=(3, 4, 4)),
         lambda: ResidualMLP(2, 2, hidden=(8, 9)),
         lambda: ResidualMLP(2, 2, hidden=()),
         lambda: ResidualConvNet(2, 2, hidden=(8, 9)),
-        lambda: ConvNet(2, 2, context_shape=(3, 4)),
-        lambda: ConvNet(2, 2, context_shape=0),
+        lambda: ConvNet(2, 2, context_dim=(3, 4)),
+        lambda: ConvNet(2, 2, context_dim=0),
         lambda: GatedConvNet(2, 2, hidden=6, heads=4),
     ],
 )

@@ -123,17 +123,13 @@ def check_claims(session: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must lie in its domain"):
         session["body"].check_data(-session["measured"](session["test"]))
     # Members differ from the start, and nothing set torch's seed.
-    first, second = (next(session["build"]().named_parameters())[1] for _ in range(2))
-    assert first.shape == second.shape
     starts = [torch.cat([p.flatten() for p in session["build"]().parameters()]) for _ in range(2)]
     assert not torch.equal(*starts)
     torch.testing.assert_close(session["twin"].log_prob(y, x), flow.log_prob(y, x))
 
 
 def test_what_the_page_prints_is_compared() -> None:
-    assert differences(
-        "-0.99 +- 0.1 nats (exact, 66 rows)", "-0.993 +- 0.101 nats (exact, 66 rows)"
-    )
+    assert differences("-0.99 +- 0.10 nats (66 rows)", "-0.993 +- 0.101 nats (66 rows)") is None
     assert differences("a 1.00", "a 1.04") is None
     assert differences("a 1.00", "a 1.20") == "1.00 where the page has 1.20"
     assert differences("a 66", "a 67") == "66 where the page has 67"

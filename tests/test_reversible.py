@@ -67,7 +67,7 @@ def test_most_layers_are_reversible() -> None:
 
 def deep(depth: int, memory: str, dim: int = 8) -> Flow:
     torch.manual_seed(0)
-    net = partial(MLP, hidden=(32,), context_shape=None)
+    net = partial(MLP, hidden=(32,), context_dim=None)
     steps: list[Bijection] = []
     for k in range(depth):
         steps += [ActNorm(dim), Coupling(halves(dim, k % 2 == 1), Affine(), net)]
@@ -139,7 +139,7 @@ def test_turned_on_in_a_model_of_several_scales_with_dequantization_and_context(
     found = []
     for prepare in (nn.Identity(), reversible.turn_on):
         torch.manual_seed(0)
-        model = models.glow((1, 8, 8), 2, 2, 8, context_shape=3, grey_levels=17).double()
+        model = models.glow((1, 8, 8), 2, 2, 8, context_dim=3, grey_levels=17).double()
         checks.randomize_parameters(model, scale=0.5)
         prepare(model)
         torch.manual_seed(1)

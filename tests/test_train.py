@@ -316,7 +316,7 @@ def test_finished_run_resumes_to_itself(tmp_path: Path) -> None:
 
 
 def test_context_and_time_budget() -> None:
-    model = realnvp(2, 2, 8, context_shape=1)
+    model = realnvp(2, 2, 8, context_dim=1)
     context = torch.randn(512, 1)
     start = time.monotonic()
     history = fit(model, (points() + context, context), (points() + context, context), seconds=1.0)

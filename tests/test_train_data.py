@@ -89,7 +89,7 @@ def test_rows_of_any_kind_train_like_tensors(kind: Any) -> None:
 @pytest.mark.parametrize("pair", [tuple, list, lambda rows: Items(*rows)])
 def test_contexts_come_beside_the_rows(pair: Any) -> None:
     x, context = points(), points(seed=3)[:, :1]
-    models = [realnvp(2, 2, 8, context_shape=1) for _ in range(2)]
+    models = [realnvp(2, 2, 8, context_dim=1) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     fit(models[0], (x, context), (x, context), **OPTIONS)
     fit(models[1], pair((x.clone(), context.double())), pair((x, context)), **OPTIONS)
@@ -261,7 +261,7 @@ NAN[3, 1] = torch.nan
         (
             (points(), torch.randn(3, 1)),
             None,
-            "the same number of rows, at least one, got [512, 3]",
+            "number of rows, at least one, got [512, 3]",
         ),
         (("a", "b"), None, "fit expects data as tensors or NumPy arrays of rows, got str."),
         (numpy.array(["a"]), None, "fit expects data as tensors or NumPy arrays of rows, got <U1"),

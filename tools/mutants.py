@@ -36,9 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "mutants.json"
 # What the tests of nflib need; the chapters and the site are left behind.
 COPIED = ("nflib", "tests", "benchmarks", "tools", "pyproject.toml")
-SHARED = ("tests/layers.py", "tests/conftest.py")
+HELPERS = ("layers", "students")
 # None of the faults is one that only a compiler shows, and compiling takes most of the time.
 QUIET = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+QUIET |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to look for plugins takes longer than a test
 # Imported once; each run of pytest is a fork that has them already.
 LIBRARIES = ("accelerate", "hypothesis", "pytest", "torch.distributions", "torch.func")
 
@@ -61,8 +62,11 @@ class Fault:
     def state(self, folder: Path) -> str:
         """A hash of all that decides about the outcome."""
         tests = [word for word in shlex.split(self.tests) if word.endswith(".py")]
-        contents = [(folder / path).read_bytes() for path in (self.file, *SHARED, *tests)]
-        return hashlib.sha256(b"\0".join([repr(self).encode(), *contents])).hexdigest()
+        texts = [(folder / path).read_text() for path in (self.file, *tests)]
+        for name in HELPERS:
+            if any(f"from {name} import" in text for text in texts):
+                texts.append((folder / "tests" / f"{name}.py").read_text())
+        return hashlib.sha256("\0".join([repr(self), *texts]).encode()).hexdigest()
 
 
 @dataclass

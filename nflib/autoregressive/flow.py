@@ -46,7 +46,7 @@ class MaskedAutoregressive(Bijection):
     Args:
         dim: number D of dimensions.
         elementwise: the map tau, e.g. `nflib.elementwise.Affine()`.
-        hidden, context_shape, order, residual, dropout: of the `MADE`, which warns if its hidden
+        hidden, context_dim, order, residual, dropout: of the `MADE`, which warns if its hidden
             layers are too narrow for D.
         solver: ``"incremental"`` or ``"jacobi"``.
         limit: the network sees x clamped to [-limit, limit], as in a `Coupling`: a rare noise
@@ -59,7 +59,7 @@ class MaskedAutoregressive(Bijection):
         dim: Size,
         elementwise: Elementwise,
         hidden: Widths = (128, 128),
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | Tensor | str | None = None,
         residual: bool = False,
         dropout: Share = 0.0,
@@ -69,7 +69,7 @@ class MaskedAutoregressive(Bijection):
         super().__init__()
         self.elementwise, self.solver, self.limit = elementwise, solver, limit
         self.exact_inverse = elementwise.exact_inverse
-        self.made = MADE(dim, elementwise.count, hidden, context_shape, order, residual, dropout)
+        self.made = MADE(dim, elementwise.count, hidden, context_dim, order, residual, dropout)
         self.event_shape, self.context_shape = (dim,), self.made.context_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ class MADE(nn.Module):
         dim: number D of dimensions.
         count: how many numbers to predict for each dimension.
         hidden: widths of the hidden layers.
-        context_shape: size K of a context vector.
+        context_dim: size K of a context vector.
         order: the rank of each dimension, ``"random"``, or None for 0, 1, 2, ...
         residual: a first layer, then one block ``h + W2 a(W1 a(h))`` for each entry of ``hidden``,
             all of the same width, as in `nflib.nets.ResidualMLP`.
@@ -113,14 +113,14 @@ class MADE(nn.Module):
         dim: Size,
         count: Size = 1,
         hidden: Widths = (128, 128),
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | Tensor | str | None = None,
         residual: bool = False,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         self.dim, self.count, self.residual = dim, count, residual
-        self.context_shape = vector_context(context_shape, type(self).__name__)
+        self.context_shape = vector_context(context_dim, type(self).__name__)
         self.register_buffer("order", ranks(dim, order))
         self.register_buffer("position", self.order.argsort(), persistent=False)
         self.register_load_state_dict_post_hook(_refresh_order)

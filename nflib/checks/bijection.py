@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from nflib.arguments import Count, Positive, checked
 from nflib.checks.calls import Pair, call, check_result, differentiable
 from nflib.checks.errors import (
     BatchError,
@@ -18,6 +19,8 @@ from nflib.checks.errors import (
     Report,
 )
 from nflib.checks.subject import (
+    Rows,
+    Subject,
     check_methods,
     check_registered,
     require_layer,
@@ -34,14 +37,15 @@ from nflib.checks.training import (
 from nflib.core import Layer
 
 
+@checked
 def check_bijection(
-    layer: Layer,
-    x: Tensor,
-    context: Tensor | None = None,
+    layer: Subject,
+    x: Rows,
+    context: Rows | None = None,
     *,
     randomize: bool = True,
     compile: bool = False,
-    seed: int = 0,
+    seed: Count = 0,
 ) -> Report:
     """Everything a bijection promises, on a copy of the layer with random parameters.
 
@@ -105,12 +109,13 @@ def prepare(
     return layer, x.detach().double(), None if context is None else context.detach().double()
 
 
+@checked
 def check_log_det(
-    layer: Layer,
+    layer: Subject,
     x: Tensor,
     context: Tensor | None = None,
     report: Report | None = None,
-    tolerance: float = 1e-8,
+    tolerance: Positive = 1e-8,
 ) -> Report:
     """``log_det`` of forward at x, and of inverse at z = f(x), against autograd's ``slogdet(J)``.
 
@@ -175,12 +180,13 @@ def _cause(log_det: Tensor, truth: Tensor, dim: int, there: Tensor | None) -> st
     return ""
 
 
+@checked
 def check_inverse(
-    layer: Layer,
+    layer: Subject,
     x: Tensor,
     context: Tensor | None = None,
     report: Report | None = None,
-    tolerance: float | None = None,
+    tolerance: Positive | None = None,
 ) -> Report:
     """``inverse(forward(x)) = x`` with log-dets that cancel.
 
@@ -213,8 +219,9 @@ def check_inverse(
     return report
 
 
+@checked
 def check_batch_independence(
-    layer: Layer,
+    layer: Subject,
     x: Tensor,
     context: Tensor | None = None,
     report: Report | None = None,

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nflib.arguments import Count, Positive, Rule, Size, checked, real, show
 from nflib.checks.errors import AutoregressiveError, NormalizationError, Report
-from nflib.checks.subject import require_rows
+from nflib.checks.subject import Rows, require_rows
 from nflib.checks.tools import Map, jacobian, randomize_parameters
 
 
+@checked
 def check_autoregressive(
     function: Map,
-    x: Tensor,
+    x: Rows,
     order: Sequence[int] | None = None,
     *,
     strict: bool = True,
     randomize: bool = True,
-    seed: int = 0,
+    seed: Count = 0,
 ) -> Report:
     """Output i depends on the inputs before i only: autograd's Jacobian is triangular.
 
@@ -75,11 +78,14 @@ def check_autoregressive(
 
 
 def _ranks(order: Sequence[int] | None, dim: int) -> Tensor:
-    rank = torch.arange(dim) if order is None else torch.as_tensor(order).cpu()
+    try:
+        rank = torch.arange(dim) if order is None else torch.as_tensor(order).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        rank = torch.empty(0)
     if rank.shape != (dim,):
         raise ValueError(
             f"check_autoregressive expects order to hold {dim} positions, one for each dimension, "
-            f"got shape {tuple(rank.shape)}."
+            f"got {show(order)}."
         )
     return rank
 
@@ -102,14 +108,32 @@ def _influence(function: Map, x: Tensor) -> Tensor:
     return matrix.unflatten(1, (dim, -1)).abs().amax(dim=(0, 2)).cpu()
 
 
+def _density(value: Any) -> Any:
+    if isinstance(value, type) or not callable(getattr(value, "log_prob", value)):
+        raise TypeError
+    return value
+
+
+def _limits(value: Any) -> tuple[float, float]:
+    low, high = map(real, value)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError
+    return low, high
+
+
+Density = Annotated[Any, Rule("a model with log_prob, or a function", _density)]
+Limits = Annotated[tuple[float, float], Rule("two numbers, the lower one first", _limits)]
+
+
+@checked
 def check_normalized(
-    model: Any,
+    model: Density,
     context: Tensor | None = None,
     *,
-    limits: tuple[float, float] = (-10.0, 10.0),
-    points: int = 600,
-    dim: int = 2,
-    tolerance: float = 0.01,
+    limits: Limits = (-10.0, 10.0),
+    points: Size = 600,
+    dim: Literal[1, 2] = 2,
+    tolerance: Positive = 0.01,
 ) -> Report:
     """The density integrates to one, by the midpoint rule on a grid (1-D or 2-D).
 
@@ -120,8 +144,6 @@ def check_normalized(
         points: grid points a side.
         dim: 1 or 2.
     """
-    if dim not in (1, 2):
-        raise ValueError(f"check_normalized expects dim 1 or 2, got {dim}.")
     low, high = limits
     step = (high - low) / points
     like = torch.zeros(())

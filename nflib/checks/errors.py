@@ -9,7 +9,7 @@ class CheckError(AssertionError):
     """A check failed; the message holds the number found and the one allowed."""
 
 
-class LayerError(CheckError):
+class LayerError(CheckError, ValueError):
     """What was given is no bijection that can be tried, or its forward or inverse raises."""
 
 

@@ -7,24 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nflib.arguments import Count, Positive, Size, checked
 from nflib.checks.bijection import prepare
 from nflib.checks.calls import call
 from nflib.checks.errors import CheckError, OntoError, Report
+from nflib.checks.subject import Rows, Subject
 from nflib.checks.tools import rows, show_row
 from nflib.core import Layer
 
 
+@checked
 def check_onto(
-    layer: Layer,
+    layer: Subject,
     x: Tensor | tuple[int, ...] | int,
-    context: Tensor | None = None,
+    context: Rows | None = None,
     report: Report | None = None,
     *,
-    radius: float = 10.0,
-    draws: int = 64,
-    tolerance: float = 1e-4,
+    radius: Positive = 10.0,
+    draws: Size = 64,
+    tolerance: Positive = 1e-4,
     randomize: bool = True,
-    seed: int = 0,
+    seed: Count = 0,
 ) -> Report:
     """Noise z far out comes of some finite x: ``forward(inverse(z)) = z`` for base samples.
 
@@ -51,10 +54,6 @@ def check_onto(
         CheckError: as `check_bijection`, for what is no layer.
         ValueError: if radius, draws, x or context cannot be used.
     """
-    if not radius > 0 or draws < 1:
-        raise ValueError(
-            f"check_onto expects radius > 0 and a draw at least, got {radius} and {draws}."
-        )
     points = _batch(layer, x, context)
     layer, x64, context = prepare("check_onto", layer, points, context, randomize, seed)
     layer = layer.double()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from nflib.arguments import show
+from nflib.arguments import Rule, show
 from nflib.checks.calls import call, check_result
 from nflib.checks.errors import BatchError, CheckError, LayerError, LogDetError, StateError
 from nflib.checks.tools import worst
 from nflib.core import Layer
+
+# What `require_layer` and `require_rows` judge, in more words than a rule has.
+Subject = Annotated[Layer, Rule("a layer", lambda value: value)]
+Rows = Annotated[Tensor, Rule("a batch", lambda value: value)]
 
 
 def require_layer(caller: str, layer: Any, *, bijective: bool = True) -> None:

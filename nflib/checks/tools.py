@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-Map = Callable[[Tensor], Tensor]
+from nflib.arguments import Count, NonNegative, Rule, checked
+from nflib.core import ShapeError
 
 
-def randomize_parameters(module: nn.Module, seed: int = 0, scale: float = 0.5) -> None:
+def _function(value: Any) -> Any:
+    if not callable(value) or isinstance(value, type):
+        raise TypeError
+    return value
+
+
+Map = Annotated[Callable[[Tensor], Tensor], Rule("a function or a network", _function)]
+
+
+@checked
+def randomize_parameters(module: nn.Module, seed: Count = 0, scale: NonNegative = 0.5) -> None:
     """Shake every parameter away from its initialisation, in place.
 
     Gaussian noise of standard deviation ``scale``, divided for matrices and kernels by the square
@@ -24,11 +36,17 @@ def randomize_parameters(module: nn.Module, seed: int = 0, scale: float = 0.5) -
             parameter.add_((noise * scale / fan_in**0.5).to(parameter))
 
 
+@checked
 def jacobian(function: Map, x: Tensor) -> Tensor:
     """Jacobians of a batch by autograd: ``(batch, D_out, D_in)``, events flattened.
 
     One backward pass for each output; it relies on rows that do not see one another.
     """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ShapeError(
+            f"jacobian expects x of shape (batch, *event) in floating-point numbers, got {x.dtype} "
+            f"of shape {tuple(x.shape)}."
+        )
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         out = function(x).flatten(1)

@@ -8,6 +8,7 @@ import shutil
 import torch
 from torch import Tensor, nn
 
+from nflib.arguments import Positive, checked
 from nflib.checks.calls import Pair, call
 from nflib.checks.errors import (
     CompileError,
@@ -17,11 +18,12 @@ from nflib.checks.errors import (
     StateError,
     VmapError,
 )
-from nflib.checks.subject import require_layer
+from nflib.checks.subject import Subject, require_layer
 from nflib.checks.tools import below, first_line, noise_like, worst
 from nflib.core import Layer, zeros_log_det
 
 
+@checked
 def check_gradients(
     model: nn.Module,
     x: Tensor,
@@ -115,8 +117,9 @@ def _agree(gradients: list[Tensor], steps: list[Tensor], slope: float) -> tuple[
     return abs(found - slope) <= 1e-3 * (1 + length), found
 
 
+@checked
 def check_state(
-    layer: Layer, x: Tensor, context: Tensor | None = None, report: Report | None = None
+    layer: Subject, x: Tensor, context: Tensor | None = None, report: Report | None = None
 ) -> Report:
     """A second layer that loads this one's state_dict computes exactly the same.
 
@@ -166,12 +169,13 @@ def _emptied(layer: Layer, dtype: torch.dtype | None, saved: set[str]) -> Layer:
     return other
 
 
+@checked
 def check_autocast(
-    layer: Layer,
+    layer: Subject,
     x: Tensor,
     context: Tensor | None = None,
     report: Report | None = None,
-    tolerance: float = 0.05,
+    tolerance: Positive = 0.05,
 ) -> Report:
     """Under bfloat16 autocast outputs and log_dets stay float32, and log_det hardly moves.
 
@@ -199,8 +203,9 @@ def check_autocast(
     return report
 
 
+@checked
 def check_compile(
-    layer: Layer,
+    layer: Subject,
     x: Tensor,
     context: Tensor | None = None,
     report: Report | None = None,
@@ -233,8 +238,9 @@ def check_compile(
     return report
 
 
+@checked
 def check_vmap(
-    layer: Layer, x: Tensor, context: Tensor | None = None, report: Report | None = None
+    layer: Subject, x: Tensor, context: Tensor | None = None, report: Report | None = None
 ) -> Report:
     """``torch.func.vmap`` over the rows gives what the batch gives.
 

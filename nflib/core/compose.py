@@ -57,12 +57,12 @@ class Compose(Layer):
 
     def output_shape(self, shape: EventShape | None) -> EventShape | None:
         for layer in self:
-            shape = layer.output_shape(shape)
+            shape = layer.shape_after(shape)
         return shape
 
     def input_shape(self, shape: EventShape | None) -> EventShape | None:
         for layer in reversed(list(self)):
-            shape = layer.input_shape(shape)
+            shape = layer.shape_before(shape)
         return shape
 
     def check_data(self, x: Tensor) -> None:
@@ -121,10 +121,10 @@ class Inverse(Layer):
         return self.bijection(z, context)
 
     def output_shape(self, shape: EventShape | None) -> EventShape | None:
-        return self.bijection.input_shape(shape)
+        return self.bijection.shape_before(shape)
 
     def input_shape(self, shape: EventShape | None) -> EventShape | None:
-        return self.bijection.output_shape(shape)
+        return self.bijection.shape_after(shape)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.bijection.initialize_inverse(x, context)
@@ -179,11 +179,11 @@ def chain_shapes(name: str, layers: Iterable[Layer]) -> tuple[EventShape | None,
                 f"{type(layer).__name__} at position {position}, which takes "
                 f"{describe(layer.event_shape)}, behind {describe(shape)}."
             ) from None
-        shape = layer.output_shape(shape)
+        shape = layer.shape_after(shape)
     latent = shape
     # Backwards what a later layer knows reaches the first one.
     for layer in reversed(layers):
-        shape = meet(layer.input_shape(shape), layer.event_shape)
+        shape = meet(layer.shape_before(shape), layer.event_shape)
     return shape, latent
 
 

@@ -22,7 +22,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import ComposeTransform, Transform
 
-from nflib.arguments import ArgumentError
+from nflib.arguments import ArgumentError, checked
 from nflib.core.shapes import ShapeError
 
 
@@ -41,6 +41,7 @@ class TorchBase(nn.Module):
         ArgumentError: if one of its tensors was computed from another that wants gradients.
     """
 
+    @checked
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
         if distribution.batch_shape != torch.Size():

@@ -58,7 +58,7 @@ class Model(nn.Module):
         if shape is None:
             if context is not None:
                 raise ShapeError(
-                    f"{name} expects no context, for no part of it was built with a context_shape, "
+                    f"{name} expects no context, for no part of it was built with a context_dim, "
                     f"got {show(context)}."
                 )
             return None
@@ -146,7 +146,7 @@ class Flow(Model):
                 f"{describe(base.event_shape)}."  # type: ignore[attr-defined]
             ) from None
         # Where sizes are open in the bijection, the base may know them.
-        known = bijection.input_shape(getattr(base, "event_shape", None))
+        known = bijection.shape_before(getattr(base, "event_shape", None))
         self.event_shape = meet(bijection.event_shape, known)
         self.context_shape = common_context("Flow", [bijection, base])
 

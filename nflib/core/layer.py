@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflib.core.shapes import EventShape, ShapeError, describe, fits
+from nflib.core.shapes import EventShape, ShapeError, describe, fits, is_known
 
 Result = tuple[Tensor, Tensor]
 
@@ -66,7 +66,8 @@ class Layer(nn.Module):
     def output_shape(self, shape: EventShape | None) -> EventShape | None:
         """The shape of ``forward``'s output for an event of this shape; most layers keep it.
 
-        Sizes may be open, as in ``event_shape``. Raises `ShapeError` for one that cannot be.
+        A layer that changes it writes this and `input_shape`. Raises `ShapeError` for a shape that
+        it cannot take.
         """
         return shape
 
@@ -74,10 +75,22 @@ class Layer(nn.Module):
         """The shape of ``inverse``'s output for noise of this shape; most layers keep it."""
         return shape
 
+    def shape_after(self, shape: EventShape | None) -> EventShape | None:
+        """`output_shape` of a shape with open sizes, too: None where that is not known."""
+        return _asked(self.output_shape, shape)
+
+    def shape_before(self, shape: EventShape | None) -> EventShape | None:
+        """`input_shape` of a shape with open sizes, too: None where that is not known."""
+        kind = type(self)
+        changes = kind.output_shape is not Layer.output_shape
+        if changes and kind.input_shape is Layer.input_shape:
+            return None  # written by somebody who did not think of the way back
+        return _asked(self.input_shape, shape)
+
     @property
     def latent_shape(self) -> EventShape | None:
         """What ``event_shape`` is for data, for the noise that ``forward`` returns."""
-        return self.output_shape(self.event_shape)
+        return self.shape_after(self.event_shape)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set data-dependent parameters from a first batch of data; most layers have none.
@@ -166,6 +179,19 @@ class Stochastic(Layer):
     likelihood = "lower bound"
     bijective = False
     exact_inverse = False
+
+
+def _asked(
+    function: Callable[[EventShape | None], EventShape | None], shape: EventShape | None
+) -> EventShape | None:
+    if is_known(shape):
+        return function(shape)
+    try:
+        return function(shape)
+    except ShapeError:
+        raise
+    except (TypeError, ValueError):
+        return None  # it computes with sizes, and some are open
 
 
 def _guarded(method: Callable[..., Any], inverse: bool) -> Callable[..., Any]:

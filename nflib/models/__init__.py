@@ -3,7 +3,7 @@
 A shape of one number, or an int, builds the vector version, a shape ``(channels, height, width)``
 the image version. With ``grey_levels=k`` the flow takes integers 0 .. k-1, which it dequantizes,
 and ``log_prob`` is a lower bound in nats for them; without, it takes reals and is exact.
-``context_shape`` is the size of a context vector that every conditioner sees.
+``context_dim`` is the size of a context vector that every conditioner sees.
 
     model        elementwise map        linear part           dequantization   several scales
     nice         additive               diagonal, at the end  uniform          no
@@ -18,9 +18,11 @@ and ``log_prob`` is a lower bound in nats for them; without, it takes reals and 
 
 from nflib.models.images import flowpp, glow, realnvp
 from nflib.models.mixer import mixerflow
+from nflib.models.parts import dequantize, normalize
 from nflib.models.vectors import iaf, maf, naf, nice, spline_flow
 
 __all__ = [
+    "dequantize",
     "flowpp",
     "glow",
     "iaf",
@@ -28,6 +30,7 @@ __all__ = [
     "mixerflow",
     "naf",
     "nice",
+    "normalize",
     "realnvp",
     "spline_flow",
 ]

@@ -40,7 +40,7 @@ def realnvp(
     *,
     levels: Size = 2,
     normalization: Normalization = "actnorm",
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -57,15 +57,15 @@ def realnvp(
         hidden: widths of the conditioners' hidden layers; for an image one residual block for each.
         levels: number of scales of an image.
         normalization: ``"actnorm"`` or ``"batchnorm"``, before each coupling.
-        context_shape: size of the context vector, if any.
+        context_dim: size of the context vector, if any.
         dropout: of the conditioners.
         grey_levels: number of grey levels if the data are integers.
     """
     if not isinstance(shape, int) and len(shape) == 3:
-        net = partial(ResidualConvNet, hidden=hidden, context_shape=context_shape, dropout=dropout)
+        net = partial(ResidualConvNet, hidden=hidden, context_dim=context_dim, dropout=dropout)
         return _image_realnvp(shape, layers, levels, net, normalization, grey_levels)
     dim = vector("realnvp", shape, 2)
-    mlp = partial(MLP, hidden=hidden, context_shape=context_shape, dropout=dropout)
+    mlp = partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
     steps: list[Layer] = dequantize(grey_levels)
     for k in range(layers):
         if k % 2 == 0 and k > 0 and dim > 2:
@@ -111,7 +111,7 @@ def glow(
     hidden: Widths = 128,
     *,
     elementwise: Elementwise | None = None,
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -126,10 +126,10 @@ def glow(
         steps: number of steps in each level (the paper's K).
         hidden: channels of the conditioners, the same in both hidden layers (the paper: 512).
         elementwise: another map in the place of the affine one, e.g. a spline.
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     halvings("glow", shape, levels, levels)
-    net = partial(ConvNet, hidden=hidden, context_shape=context_shape, dropout=dropout)
+    net = partial(ConvNet, hidden=hidden, context_dim=context_dim, dropout=dropout)
     tau = elementwise or Affine()
     scales, c = [], shape[0]
     for level in range(levels):
@@ -159,7 +159,7 @@ def flowpp(
     elementwise: Elementwise | None = None,
     dequantization: Literal["variational", "uniform"] = "variational",
     noise_couplings: Size = 2,
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -179,7 +179,7 @@ def flowpp(
         elementwise: another map in the place of the mixture CDF, for comparison.
         dequantization: ``"variational"`` or ``"uniform"``.
         noise_couplings: couplings of the flow that makes the noise.
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     first, split, last = three_counts(couplings)
     halvings("flowpp", shape, 2, 1)
@@ -188,7 +188,7 @@ def flowpp(
 
     def network(size: tuple[int, int]) -> Network:
         gated = partial(GatedConvNet, hidden=hidden, blocks=blocks, heads=attention)
-        return partial(gated, size=size, context_shape=context_shape, dropout=dropout)
+        return partial(gated, size=size, context_dim=context_dim, dropout=dropout)
 
     def step(mask: Mask, count: int, net: Network) -> list[Bijection]:
         return [ActNorm(count), Invertible1x1Conv(count), Coupling(mask, tau, net)]
@@ -212,7 +212,7 @@ def flowpp(
             hidden=max(1, equal_widths(hidden, "flowpp") // 2),
             blocks=1,
             heads=0,
-            context_shape=shape,
+            context_dim=shape,
             dropout=dropout,
         )
         noise: list[Bijection] = []

@@ -51,7 +51,7 @@ def mixerflow(
     flow: Literal["coupling", "maf"] | MixingFlow = "coupling",
     elementwise: Elementwise | None = None,
     network: Network | None = None,
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -80,7 +80,7 @@ def mixerflow(
         flow: ``"coupling"``, ``"maf"``, or a function that builds the k-th flow of so many numbers.
         elementwise: another map in the place of the affine one, e.g. a spline.
         network: another conditioner in the place of the `MLP`.
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     cut = _cut(shape, patch, extraction)
     sides: dict[str, tuple[type[AlongChannels], int]] = {
@@ -94,7 +94,7 @@ def mixerflow(
                 f"mixerflow expects at least two {side} to mix, got one: {cut.patches} patches of "
                 f"{cut.channels} channels."
             )
-    net = network or partial(MLP, hidden=hidden, context_shape=context_shape, dropout=dropout)
+    net = network or partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
     tau = elementwise or Affine()
 
     def coupling(dim: int, k: int) -> Bijection:
@@ -102,7 +102,7 @@ def mixerflow(
 
     def autoregressive(dim: int, k: int) -> Bijection:
         order = range(dim - 1, -1, -1) if k % 2 else None
-        layer = partial(MaskedAutoregressive, context_shape=context_shape, order=order, limit=LIMIT)
+        layer = partial(MaskedAutoregressive, context_dim=context_dim, order=order, limit=LIMIT)
         return layer(dim, tau, hidden, dropout=dropout)
 
     flows: dict[str, MixingFlow] = {"coupling": coupling, "maf": autoregressive}

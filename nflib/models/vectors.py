@@ -33,7 +33,7 @@ def nice(
     layers: Size = 4,
     hidden: Widths = (128, 128),
     *,
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -46,10 +46,10 @@ def nice(
         dim: number of dimensions.
         layers: number of couplings.
         hidden: widths of the conditioners' hidden layers.
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     dim = vector("nice", dim, 2)
-    net = partial(MLP, hidden=hidden, context_shape=context_shape, dropout=dropout)
+    net = partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
     couplings = [
         Coupling(alternating(dim, flip=k % 2 == 1), Additive(), net) for k in range(layers)
     ]
@@ -65,7 +65,7 @@ def spline_flow(
     hidden: Widths = (128, 128),
     *,
     limit: Positive = 4.0,
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -79,10 +79,10 @@ def spline_flow(
         bins: of each spline.
         hidden: widths of the conditioners' hidden layers.
         limit: the splines bend within [-limit, limit].
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     dim = vector("spline_flow", dim, 2)
-    net = partial(MLP, hidden=hidden, context_shape=context_shape, dropout=dropout)
+    net = partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
     spline = RationalQuadraticSpline(bins, limit)
     return Flow(
         Compose(*dequantize(grey_levels), *linear_couplings(dim, layers, spline, net)),
@@ -98,7 +98,7 @@ def naf(
     hidden: Widths = (128, 128),
     *,
     depth: Size = 2,
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -113,10 +113,10 @@ def naf(
         units: sigmoid units in each layer of the monotone network.
         hidden: widths of the conditioners' hidden layers.
         depth: layers of the monotone network.
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     dim = vector("naf", dim, 2)
-    net = partial(MLP, hidden=hidden, context_shape=context_shape, dropout=dropout)
+    net = partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
     monotone = MonotoneNet(units, depth)
     return Flow(
         Compose(*dequantize(grey_levels), *linear_couplings(dim, layers, monotone, net)),
@@ -134,7 +134,7 @@ def maf(
     order: Order = "reversed",
     residual: bool = False,
     normalization: Normalization = "actnorm",
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -152,13 +152,13 @@ def maf(
         order: ``"reversed"`` in every other layer, as in the paper, or ``"random"`` in each.
         residual: conditioners with shortcuts, see `MADE`.
         normalization: ``"actnorm"`` or ``"batchnorm"``, before each layer.
-        context_shape, dropout, grey_levels: see `realnvp`.
+        context_dim, dropout, grey_levels: see `realnvp`.
     """
     dim = vector("maf", dim)
     orders = ["random"] * 2 if order == "random" else [None, range(dim - 1, -1, -1)]
     limit = LIMIT if grey_levels else math.inf
     tau = elementwise or Affine()
-    make = partial(MaskedAutoregressive, dim, tau, hidden, context_shape, limit=limit)
+    make = partial(MaskedAutoregressive, dim, tau, hidden, context_dim, limit=limit)
     steps: list[Layer] = dequantize(grey_levels)
     for k in range(layers):
         layer = make(order=orders[k % 2], residual=residual, dropout=dropout)
@@ -176,7 +176,7 @@ def iaf(
     order: Order = "reversed",
     residual: bool = False,
     normalization: Normalization = "actnorm",
-    context_shape: ContextShape = None,
+    context_dim: ContextShape = None,
     dropout: Share = 0.0,
     grey_levels: Levels | None = None,
 ) -> Flow:
@@ -196,7 +196,7 @@ def iaf(
         order=order,
         residual=residual,
         normalization=normalization,
-        context_shape=context_shape,
+        context_dim=context_dim,
         dropout=dropout,
         grey_levels=grey_levels,
     )

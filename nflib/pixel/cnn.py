@@ -56,7 +56,7 @@ class PixelCNN(PixelModel):
         blocks: number of residual blocks.
         kernel: of the first convolution, odd; the paper has 7.
         head: another distribution of a pixel in place of the softmax; it has its own levels.
-        context_shape, order: see `PixelModel`. A context shifts the features of every block.
+        context_dim, order: see `PixelModel`. A context shifts the features of every block.
         dropout: share of hidden values that are dropped in training.
     """
 
@@ -70,11 +70,11 @@ class PixelCNN(PixelModel):
         *,
         kernel: Odd = 7,
         head: Head | None = None,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | None = None,
         dropout: Share = 0.0,
     ) -> None:
-        super().__init__(shape, head or Softmax(levels, shape[0]), context_shape, order)
+        super().__init__(shape, head or Softmax(levels, shape[0]), context_dim, order)
         if width < 2:
             raise ArgumentError(
                 "PixelCNN expects a width of at least 2, for its blocks have half as many channels "
@@ -110,11 +110,11 @@ class PixelCNN(PixelModel):
         return self.last(h)
 
 
-def shifts(context_shape: EventShape | None, width: int, layers: int) -> nn.ModuleList:
+def shifts(context_dim: EventShape | None, width: int, layers: int) -> nn.ModuleList:
     """For each layer what a context adds to its features; nothing without a context."""
-    if context_shape is None:
+    if context_dim is None:
         return nn.ModuleList()
-    size = context_shape[0]
+    size = context_dim[0]
     return nn.ModuleList(nn.Linear(size, width, bias=False) for _ in range(layers))
 
 

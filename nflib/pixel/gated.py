@@ -77,7 +77,7 @@ class GatedPixelCNN(PixelModel):
         kernel: of the layers, odd.
         first_kernel: of the first layer, odd.
         head: another distribution of a pixel in place of the softmax; it has its own levels.
-        context_shape: size of a context vector, e.g. 10 for one-hot classes; it shifts every gate.
+        context_dim: size of a context vector, e.g. 10 for one-hot classes; it shifts every gate.
         order: of the channels, see `PixelModel`.
         dropout: share of gated values that are dropped in training.
     """
@@ -93,11 +93,11 @@ class GatedPixelCNN(PixelModel):
         kernel: Odd = 3,
         first_kernel: Odd = 7,
         head: Head | None = None,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | None = None,
         dropout: Share = 0.0,
     ) -> None:
-        super().__init__(shape, head or Softmax(levels, shape[0]), context_shape, order)
+        super().__init__(shape, head or Softmax(levels, shape[0]), context_dim, order)
         make = [
             GatedLayer(
                 width if k else shape[0],

@@ -46,7 +46,7 @@ class PixelModel(Model):
         shape: channels, height and width.
         head: the distribution of a pixel: `nflib.discrete.Softmax`, which predicts the channels
             one after the other, or `nflib.discrete.LogisticMixture`, a whole pixel at once.
-        context_shape: size of a context vector, e.g. of the one-hot class.
+        context_dim: size of a context vector, e.g. of the one-hot class.
         order: of the channels within a pixel, by default 0, 1, 2.
 
     Raises:
@@ -60,7 +60,7 @@ class PixelModel(Model):
         self,
         shape: ImageShape,
         head: Head,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PixelModel(Model):
             raise ArgumentError(f"{name} expects a head of {channels} channels, got {head}.")
         self.shape, self.head = shape, head
         self.event_shape = shape
-        self.context_shape = vector_context(context_shape, name)
+        self.context_shape = vector_context(context_dim, name)
         # The steps within a pixel; the features are divided into as many groups.
         self.groups = channels if isinstance(head, Softmax) else 1
         self.entrances: list[WindowConv] = []

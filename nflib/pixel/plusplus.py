@@ -133,7 +133,7 @@ class PixelCNNPP(PixelModel):
         sizes: number of sizes (the paper: 3).
         components: logistics of the mixture (the paper: 10).
         head: another distribution of a pixel, e.g. a softmax for one channel.
-        context_shape: size of a context vector; it shifts every block.
+        context_dim: size of a context vector; it shifts every block.
         order: of the channels, see `PixelModel`.
         dropout: inside of the blocks (the paper: 0.5).
     """
@@ -149,12 +149,12 @@ class PixelCNNPP(PixelModel):
         *,
         components: Size = 5,
         head: Head | None = None,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | None = None,
         dropout: Share = 0.0,
     ) -> None:
         head = head or LogisticMixture(levels, shape[0], components)
-        super().__init__(shape, head, context_shape, order)
+        super().__init__(shape, head, context_dim, order)
         if self.groups > 1:
             raise ArgumentError(
                 "PixelCNNPP predicts whole pixels and expects a head that does, such as "

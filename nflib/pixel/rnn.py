@@ -134,7 +134,7 @@ class PixelRNN(PixelModel):
         width: channels of an LSTM's state; the features between the layers have twice as many.
         layers: number of LSTM layers.
         kernel: of the first convolution, odd.
-        head, context_shape, order: see `PixelModel`.
+        head, context_dim, order: see `PixelModel`.
         dropout: share of each LSTM's output that is dropped in training.
     """
 
@@ -149,11 +149,11 @@ class PixelRNN(PixelModel):
         *,
         kernel: Odd = 7,
         head: Head | None = None,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         order: Sequence[int] | None = None,
         dropout: Share = 0.0,
     ) -> None:
-        super().__init__(shape, head or Softmax(levels, shape[0]), context_shape, order)
+        super().__init__(shape, head or Softmax(levels, shape[0]), context_dim, order)
         lstm = RowLSTM if kind == "row" else DiagonalBiLSTM
         groups = self.groups
         self.first = masked_conv(shape[0], 2 * width, kernel, groups, strict=True)

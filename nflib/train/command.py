@@ -85,7 +85,7 @@ NOT_OPTIONS = (
     "shape",
     "dim",
     "grey_levels",
-    "context_shape",
+    "context_dim",
     "context_dim",
     "network",
     "options",

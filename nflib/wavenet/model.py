@@ -34,7 +34,7 @@ class WaveNet(Model):
     Args:
         levels: number of values of a sample.
         channels, skip, layers, blocks, kernel: of the `CausalStack`.
-        context_shape: size K of a context vector (a speaker, a class) that all samples are given.
+        context_dim: size K of a context vector (a speaker, a class) that all samples are given.
         head: what the network predicts: ``Softmax(levels)`` unless given, or a
             ``LogisticMixture(levels)``.
         one_hot: the network sees each sample as one of so many symbols. Otherwise it sees a number
@@ -54,7 +54,7 @@ class WaveNet(Model):
         blocks: Size = 1,
         layers: Size = 10,
         kernel: Taps = 2,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         head: Head | None = None,
         one_hot: bool = False,
     ) -> None:
@@ -67,7 +67,7 @@ class WaveNet(Model):
         self.levels, self.head, self.one_hot = levels, head, one_hot
         inputs = levels if one_hot else 1
         self.stack = CausalStack(
-            inputs, head.count, channels, skip, layers, blocks, kernel, context_shape
+            inputs, head.count, channels, skip, layers, blocks, kernel, context_dim
         )
         self.context_shape = self.stack.context_shape
         self.event_shape = (None,)

@@ -50,7 +50,7 @@ class CausalAffine(Bijection):
     one for each position: meant for proofs on short events, for no training needs it.
 
     Args:
-        channels, skip, layers, blocks, kernel, context_shape: of the `CausalStack`.
+        channels, skip, layers, blocks, kernel, context_dim: of the `CausalStack`.
         scale: the factor exp(s) that the layer starts with.
         bound: |s| stays below it.
     """
@@ -63,7 +63,7 @@ class CausalAffine(Bijection):
         layers: Size = 8,
         blocks: Size = 1,
         kernel: Taps = 2,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         scale: Positive = 1.0,
         bound: Positive = BOUND,
     ) -> None:
@@ -75,7 +75,7 @@ class CausalAffine(Bijection):
             )
         self.event_shape = (None,)
         self.affine = Affine(bound)
-        self.stack = CausalStack(1, 2, channels, skip, layers, blocks, kernel, context_shape)
+        self.stack = CausalStack(1, 2, channels, skip, layers, blocks, kernel, context_dim)
         self.context_shape = self.stack.context_shape
         last = self.stack.last[-1]
         assert isinstance(last, nn.Conv1d)
@@ -145,7 +145,7 @@ class ParallelWaveNet(Model):
     Args:
         flows: number of layers.
         channels, skip, layers, blocks, kernel: of each one's `CausalStack`.
-        context_shape: size of a context vector.
+        context_dim: size of a context vector.
         scale: of the noise that the untrained student makes; near the data's standard deviation.
     """
 
@@ -158,7 +158,7 @@ class ParallelWaveNet(Model):
         layers: Size = 8,
         blocks: Size = 1,
         kernel: Taps = 2,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
         scale: Positive = 0.1,
     ) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class ParallelWaveNet(Model):
             )
         sizes = (channels, skip, layers, blocks, kernel)
         self.bijection = Compose(
-            *(CausalAffine(*sizes, context_shape, scale ** (1 / flows)) for _ in range(flows))
+            *(CausalAffine(*sizes, context_dim, scale ** (1 / flows)) for _ in range(flows))
         )
         self.noise = StandardLogistic(1)  # of one sample
         self.context_shape = self.bijection.context_shape

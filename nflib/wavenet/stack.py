@@ -40,7 +40,7 @@ class CausalStack(nn.Module):
         layers: layers in a block.
         blocks: how often the dilations start again at 1.
         kernel: taps of each dilated convolution, at least 2.
-        context_shape: size of a context vector, which shifts both halves of every gate at all
+        context_dim: size of a context vector, which shifts both halves of every gate at all
             positions.
     """
 
@@ -54,11 +54,11 @@ class CausalStack(nn.Module):
         layers: Size = 10,
         blocks: Size = 1,
         kernel: Taps = 2,
-        context_shape: ContextShape = None,
+        context_dim: ContextShape = None,
     ) -> None:
         super().__init__()
         self.inputs, self.channels, self.kernel = inputs, channels, kernel
-        self.context_shape = vector_context(context_shape, "CausalStack")
+        self.context_shape = vector_context(context_dim, "CausalStack")
         self.dilations = [2**layer for layer in range(layers)] * blocks
         depth = len(self.dilations)
         self.first = nn.Conv1d(inputs, channels, 1)
