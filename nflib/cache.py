@@ -7,8 +7,8 @@ weights over a masked matrix. Inside of a block that changes no parameter once i
         for rows in x.split(1000):
             flow.log_prob(rows)
 
-`nflib.metrics.evaluate` and the samplers do so themselves. Outside of the block nothing is kept,
-so nothing can be out of date.
+`nflib.metrics.evaluate` and the inverses that run a network many times do so themselves. Outside of
+the block nothing is kept, so nothing can be out of date.
 """
 
 from __future__ import annotations

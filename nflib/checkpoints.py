@@ -21,21 +21,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nflib.arguments import checked
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, read, or used for this model."""
 
 
+@checked
 def save(model: nn.Module, path: str | Path, **meta: Any) -> Path:
     """Write the model's state_dict, and any JSON-able facts about it, to a safetensors file.
 
     How many grey levels the model knows is added to the facts, as ``levels``.
     """
-    if (levels := _levels(model)) is not None:
-        meta = {"levels": levels, **meta}
-    return write(path, {f"model.{k}": v for k, v in model.state_dict().items()}, meta)
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    return write(path, tensors, facts_of(model) | meta)
 
 
+@checked
 def load(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load weights into the model; returns the facts stored with them.
 
@@ -91,6 +94,24 @@ def _misfit(path: str | Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{path} is a checkpoint of another model: it {problem}.")
 
 
+def _text(meta: dict[str, Any]) -> str:
+    for name, fact in meta.items():
+        try:
+            json.dumps(fact)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"A checkpoint expects facts that JSON can hold, got {name} of "
+                f"type {type(fact).__name__}."
+            ) from error
+    return json.dumps(meta)
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of the model beside its weights: for how many grey levels it is."""
+    levels = _levels(model)
+    return {} if levels is None else {"levels": levels}
+
+
 def _levels(model: nn.Module) -> int | None:
     """The number of grey levels that the model, or the first part that has one, is made for."""
     found = (getattr(module, "levels", None) for module in model.modules())
@@ -104,6 +125,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
     moment leaves the old file or the new one.
     """
     path = Path(path)
+    facts = _text(meta)
     # Tensors that share memory (tied weights) are stored apart.
     ready = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     temporary = None
@@ -111,7 +133,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
-        save_file(ready, temporary, {"nflib": json.dumps(meta)})
+        save_file(ready, temporary, {"nflib": facts})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -126,6 +148,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
     return path
 
 
+@checked
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a safetensors file."""
     path = Path(path)
@@ -148,6 +171,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
+@checked
 def find(name: str) -> Path:
     """A file of the course (``"results/linear_cost.json"``, ``"data/..."``), wherever we run.
 
@@ -204,6 +228,7 @@ def _installed() -> str:
     return f"version {metadata.version('nflib')}{commit}"
 
 
+@checked
 def names(prefix: str = "") -> list[str]:
     """The names that `find` knows, in order: all, or those that begin with a prefix."""
     return sorted(name for name in _registry() if name.startswith(prefix))
@@ -215,6 +240,7 @@ def repository() -> str:
     return next(u.split(", ", 1)[1] for u in urls if u.startswith("Repository, "))
 
 
+@checked
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:

@@ -128,6 +128,8 @@ class PeriodicConv(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         spectrum = self._spectrum(z)
         shifted = z if self.bias is None else z - self.bias[:, None, None]
+        if shifted.shape[0] == 0:  # torch 2.6 has no Fourier transform of an empty batch
+            return shifted, expand_log_det(-self._log_abs_det(spectrum, z.shape[3]), z)
         # (batch, c, H, F) -> one right-hand side a batch row at each frequency: (H, F, c, batch)
         rows = torch.fft.rfft2(shifted.to(self.weight.dtype)).permute(2, 3, 1, 0)
         solved = solve_matrix(spectrum, rows, "PeriodicConv").permute(3, 2, 0, 1)

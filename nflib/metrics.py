@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from nflib.arguments import Size, checked
+from nflib.arguments import EventSizes, Positive, Rule, Size, checked
 from nflib.cache import cached
-from nflib.core import Shape, check_finite
+from nflib.core import check_finite
 
 
 class HasLogProb(Protocol):
@@ -31,7 +32,26 @@ class CountsDims(Protocol):
         ...
 
 
-def bits_per_dim(log_prob: Tensor | float, dims: float | Shape, levels: int = 1) -> Any:
+def _nats(value: Any) -> Any:
+    # A number that is not one is passed on: it is what some model has found.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and not isinstance(value, Tensor | numpy.ndarray):
+        raise TypeError
+    return value
+
+
+def _model(value: Any) -> Any:
+    if isinstance(value, type) or not callable(getattr(value, "log_prob", None)):
+        raise TypeError
+    return value
+
+
+LogProb = Annotated[Tensor | float, Rule("a number of nats, or a tensor of them", _nats)]
+Judged = Annotated[HasLogProb, Rule("a model with log_prob", _model)]
+
+
+@checked
+def bits_per_dim(log_prob: LogProb, dims: Positive | EventSizes, levels: Size = 1) -> Any:
     """Bits per dimension of integer data: ``-log_prob / (D log 2) + log2(levels)``.
 
     ``log_prob`` is in nats. If the model saw the integers (plus noise) as they are, leave
@@ -48,10 +68,6 @@ def bits_per_dim(log_prob: Tensor | float, dims: float | Shape, levels: int = 1)
     Returns: bits per dimension, of log_prob's shape. Lower is better.
     """
     count = math.prod(dims) if isinstance(dims, tuple | list) else dims
-    if not count > 0 or levels < 1:
-        raise ValueError(
-            f"bits_per_dim expects positive dims and levels, got dims={dims}, levels={levels}."
-        )
     return -log_prob / (count * math.log(2)) + math.log2(levels)
 
 
@@ -89,7 +105,7 @@ class Score:
 
 @checked
 def log_probs(
-    model: HasLogProb,
+    model: Judged,
     x: object,
     context: object = None,
     batch_size: Size = 2048,
@@ -109,7 +125,7 @@ def log_probs(
 
 @checked
 def evaluate(
-    model: HasLogProb,
+    model: Judged,
     x: object,
     context: object = None,
     batch_size: Size = 2048,

@@ -440,9 +440,7 @@ def vector_context(context_dim: int | EventShape | None, name: str) -> tuple[int
     if shape is None:
         return None
     if len(shape) != 1:
-        raise ArgumentError(
-            f"{name} expects context_dim to be the size of a vector, got {shape}."
-        )
+        raise ArgumentError(f"{name} expects context_dim to be the size of a vector, got {shape}.")
     return (shape[0],)
 
 

@@ -30,7 +30,8 @@ from nflib.rootfinding import solve_increasing
 class ConditionedParameters(Bijection):
     """Named parameters that a linear function of the context may shift, row by row."""
 
-    def __init__(self, dim: int, context_dim: ContextShape, **start: Tensor) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: ContextShape, **start: Tensor) -> None:
         super().__init__()
         self.dim, self.event_shape = dim, (dim,)
         self.context_shape = vector_context(context_dim, type(self).__name__)

@@ -60,14 +60,14 @@ class Reversible(Compose):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():
-            return in_turn(self, x, context)
+            return in_turn(self.bijections, x, context)
         x, log_det = in_turn(self._noise, x, context)
         z, term = run(self._steps, x, context)
         return z, log_det + term
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():
-            return in_turn(self, z, context, inverse=True)
+            return in_turn(self.bijections, z, context, inverse=True)
         x, log_det = run(self._steps, z, context, inverse=True)
         x, term = in_turn(self._noise, x, context, inverse=True)
         return x, log_det + term

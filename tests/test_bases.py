@@ -14,7 +14,7 @@ from torch.distributions import (
 )
 
 from nflib.arguments import ArgumentError
-from nflib.core import Compose, Flow, StandardLogistic, StandardNormal
+from nflib.core import Compose, Flow, ShapeError, StandardLogistic, StandardNormal
 from nflib.linear import Diagonal
 
 
@@ -27,6 +27,13 @@ def test_temperature_and_generator_reach_the_base(base: torch.nn.Module) -> None
     spread = [flow.sample(9999, temperature=t).std().item() for t in (0.5, 1.0, 2.0)]
     assert spread[1] / spread[0] == pytest.approx(2, rel=0.1) == spread[2] / spread[1]
     assert torch.finfo().max > flow.sample(9).abs().max()
+
+
+@pytest.mark.parametrize("kind", [StandardNormal, StandardLogistic])
+def test_an_event_of_another_shape_has_no_density(kind: type[StandardNormal]) -> None:
+    for base, shape in ((kind(3), (4, 2)), (kind((1, 8, 8)), (2, 1, 8, 7)), (kind(3), (3,))):
+        with pytest.raises(ShapeError, match=rf"^{kind.__name__} expects shape \(batch, .*, got"):
+            base.log_prob(torch.zeros(shape))
 
 
 def learned() -> dict[str, tuple[Distribution, int]]:

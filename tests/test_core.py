@@ -106,7 +106,7 @@ def test_sample_with_one_or_n_rows_of_context() -> None:
     assert flow.sample(7, torch.randn(1, 2)).shape == (7, 2)
     assert flow.sample(7, torch.randn(7, 2)).shape == (7, 2)
     with pytest.raises(
-        ShapeError, match=r"context of shape \(7, 2\), or one row for all, got \(3, 2\)"
+        ShapeError, match=r"expects 7 rows of context, or one row for all, got 3; sample\(\(7,\)"
     ):
         flow.sample(7, torch.randn(3, 2))
 

@@ -7,9 +7,10 @@ import torch
 from layers import conv, two_scales
 
 from nflib.checks import check_inverse, randomize_parameters
-from nflib.core import Bijection, Compose, Flow, ShapeError, StandardNormal
+from nflib.core import Bijection, Compose, Flow, Inverse, ShapeError, StandardNormal
 from nflib.coupling import Coupling, channels, checkerboard
-from nflib.elementwise import Affine
+from nflib.dequantization import UniformDequantization
+from nflib.elementwise import Affine, LogisticMixtureCDF
 from nflib.linear import Permutation
 from nflib.multiscale import MultiScale, Squeeze
 from nflib.normalization import ActNorm
@@ -139,3 +140,30 @@ def test_latents_of_the_wrong_size_are_one_sentence(shape: tuple[int, ...]) -> N
         two_scales().inverse(torch.randn(shape))
     with pytest.raises(ShapeError, match=r"^MultiScale expects shape \(batch, 1, 4, 6\), got"):
         two_scales()(torch.randn(2, 1, 6, 4))
+
+
+def test_squeeze_knows_its_shapes_both_ways() -> None:
+    assert Squeeze().output_shape((1, 4, 6)) == (4, 2, 3)
+    assert Squeeze().input_shape((4, 2, 3)) == (1, 4, 6)
+    assert Squeeze(3).input_shape((9, None, 2)) == (1, None, 6)
+
+
+def test_a_level_must_take_its_image_and_give_it_back() -> None:
+    with pytest.raises(ShapeError, match=r"level 1, where \(3, 4, 4\) arrives"):
+        MultiScale((3, 4, 4), Permutation(2))
+    with pytest.raises(ValueError, match="^MultiScale expects a bijection, got UniformDequ"):
+        MultiScale((1, 4, 4), UniformDequantization(4))
+    searched = Coupling(channels(4), LogisticMixtureCDF(2), conv)
+    assert not MultiScale((1, 4, 4), Compose(Squeeze(), searched), Permutation(2)).exact_inverse
+    assert two_scales().exact_inverse
+
+
+def test_read_backwards_every_level_is_initialized() -> None:
+    layer, z = three_scales(), 5 + 3 * torch.randn(64, 96)
+    Inverse(layer).initialize(z)
+    norms = [m for m in layer.modules() if isinstance(m, ActNorm)]
+    assert all(bool(norm.initialized) for norm in norms)
+    # The first layer of all is the last to see the noise on its way back.
+    pixels = layer.inverse(z)[0].flatten()
+    torch.testing.assert_close(pixels.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(pixels.std(), torch.tensor(1.0), atol=1e-2, rtol=0)

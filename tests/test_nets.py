@@ -190,3 +190,49 @@ def test_inputs_of_the_wrong_shape_are_one_sentence(name: str) -> None:
     for wrong in (x[0], torch.cat([x, x], 1), other):
         with pytest.raises(ValueError, match=r"^[\w.]+ expects shape \(batch, 3.*\), got .*\.$"):
             net(wrong)
+
+
+@pytest.mark.parametrize("kind", [ResidualMLP, ResidualConvNet])
+def test_a_residual_network_adds_one_block_for_each_width(kind: Net) -> None:
+    name = next(n for n, k in EVERY.items() if k is kind)
+    net, x = kind(3, 5, (8, 8, 8)), inputs(name)
+    randomize_parameters(net)
+    assert len(net.blocks) == 3
+    h = net.first(x, None) if name in IMAGE else net.first(x)
+    for block in net.blocks:
+        h = h + block(h)
+    torch.testing.assert_close(net(x), net.last(h))
+
+
+def test_a_gated_convolution_equals_its_formula() -> None:
+    layer = GatedConvNet(1, 2, 6, blocks=1, heads=0).blocks[0]
+    randomize_parameters(layer)
+    h = torch.randn(2, 6, 3, 4)
+    both = nn.functional.elu(torch.cat([h, -h], 1))
+    inner = layer.inner(both)
+    a, b = layer.outer(nn.functional.elu(torch.cat([inner, -inner], 1))).chunk(2, 1)
+    torch.testing.assert_close(layer(h), layer.norm(h + a * b.sigmoid()))
+
+
+@pytest.mark.parametrize("kind", [MLP, ResidualMLP])
+def test_the_activation_is_the_one_that_was_asked_for(kind: Net) -> None:
+    net = kind(3, 5, (8, 8), activation=nn.Tanh)
+    kinds = {type(part) for part in net.modules()}
+    assert nn.Tanh in kinds
+    assert nn.ReLU not in kinds
+
+
+@every
+def test_a_context_that_is_missing_or_of_another_size_is_one_sentence(name: str) -> None:
+    x = inputs(name)
+    with pytest.raises(ValueError, match=r"^\w+ expects a context of shape .*, got none\.$"):
+        build(name, context_dim=2)(x)
+    if name in IMAGE:
+        net = build(name, context_dim=(2, 3, 5))
+        with pytest.raises(ValueError, match=r"^\w+ expects an image of context of .* \(3, 5\)"):
+            net(x, torch.randn(4, 2, 5, 3))
+
+
+def test_heads_that_leave_a_rest_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="^GatedConvNet expects hidden to be a multiple of heads"):
+        GatedConvNet(2, 2, hidden=6, heads=4)

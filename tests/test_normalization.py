@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nflib.checks import check_bijection, check_inverse, randomize_parameters
-from nflib.core import Bijection, ShapeError
+from nflib.core import Bijection, Inverse, ShapeError
 from nflib.normalization import ActNorm, BatchNorm
 
 SHAPES = {"vector": (3,), "image": (3, 2, 4)}
@@ -204,9 +204,7 @@ def test_gradients_flow_through_the_statistics_of_a_batch() -> None:
 @pytest.mark.parametrize("kind", [ActNorm, BatchNorm])
 def test_wrong_sizes_are_one_sentence(kind: type[Bijection]) -> None:
     for dim in (0, -1, 2.0):
-        with pytest.raises(
-            ValueError, match=r"^\w+ expects dim to be .*, got .*\.$"
-        ):
+        with pytest.raises(ValueError, match=r"^\w+ expects dim to be .*, got .*\.$"):
             kind(dim)  # type: ignore[call-arg]
     layer = kind(3)  # type: ignore[call-arg]
     for x in (torch.randn(5), torch.randn(5, 2), torch.randn(5, 2, 3)):
@@ -218,3 +216,23 @@ def test_wrong_sizes_are_one_sentence(kind: type[Bijection]) -> None:
     for wrong in ({"momentum": 0.0}, {"momentum": 1.5}, {"eps": 0.0}):
         with pytest.raises(ValueError, match=r"^BatchNorm expects .*, got .*\.$"):
             BatchNorm(3, **wrong)
+
+
+def test_actnorm_read_backwards_makes_its_inverse_normal() -> None:
+    norm, x = ActNorm(3), 5 + 3 * torch.randn(200, 3)
+    Inverse(norm).initialize(x)
+    made = norm.inverse(x)[0]
+    torch.testing.assert_close(made.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.std(0), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_what_a_state_says_about_actnorm_decides_whether_it_starts_anew() -> None:
+    x = 5 + 3 * torch.randn(50, 2)
+    without = ActNorm(2)
+    without.load_state_dict({}, strict=False)
+    without.initialize(x)
+    torch.testing.assert_close(without.bias, -x.mean(0))
+    old = ActNorm(2)  # of a file from before the flag was stored
+    old.load_state_dict({"bias": torch.ones(2), "log_scale": torch.ones(2)}, strict=False)
+    old.initialize(x)
+    assert torch.equal(old.bias, torch.ones(2))

@@ -256,7 +256,7 @@ def test_loglog_draws_theory_through_the_last_point():
         (lambda: plot.density(gaussian, limits=(1, 2, 3)), "limits expects"),
         (lambda: plot.grid(lambda x: x[:, :1]), r"\(N, 2\)"),
         (lambda: plot.grid(lambda x: x, lines=1), "at least 2 lines"),
-        (lambda: plot.path(lambda x: x, torch.zeros(1, 2)), "Flow or a Bijection"),
+        (lambda: plot.path(lambda x: x, torch.zeros(1, 2)), "Flow or a layer"),
         (lambda: plot.path(Dense(2), 10), "to draw 10 points from"),
         (lambda: plot.path(Dense(2), torch.zeros(1, 2), "back"), "direction"),
         (lambda: plot.layers(Dense(3), torch.zeros(1, 3)), r"\(N, 2\), got \(1, 3\)"),

@@ -132,8 +132,6 @@ def plant(fault: Fault, folder: Path, limit: float) -> Outcome:
     """The outcome of the tests with this fault in the copy, which is as before afterwards."""
     path = folder / fault.file
     before = path.read_text()
-    if before.count(fault.text) != 1:
-        raise SystemExit(f"{fault.name}: '{fault.text}' does not stand once in {fault.file}.")
     path.write_text(before.replace(fault.text, fault.becomes))
     try:
         word, seconds = run_tests(folder, fault.tests, limit)
@@ -202,6 +200,10 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_repository(folder)
+        for fault in chosen:
+            if (folder / fault.file).read_text().count(fault.text) != 1:
+                print(f"{fault.name}: '{fault.text}' does not stand once in {fault.file}.")
+                return 2
         last = {name: outcome.state for name, outcome in outcomes.items()}
         todo = [f for f in chosen if options.all or last.get(f.name) != f.state(folder)]
         red = plant_all(todo, folder, outcomes)

@@ -61,9 +61,9 @@ HOW = """\
 
 - **No work in a call that can be done once.** Masks are index tensors made at construction, or
   nothing at all where the two halves of a coupling are contiguous.
-- **Matrices are kept while their parameters are unchanged.** Without gradients, the weights of
+- **Matrices are kept while nothing can change.** Inside of `with cached(flow):` the weights of
   masked layers, of LU layers and the inverse of a 1x1 convolution are assembled once, see
-  [cache](api/cache.md). An optimizer step, a load or any change in place drops them.
+  [cache](api/cache.md). `evaluate` and the inverses that take many steps do so themselves.
 - **Each unit once.** Sampling a MAF evaluates every hidden unit when its last input is known, see
   [autoregressive](api/autoregressive.md).
 - **No branch on values**, no `.item()`, no boolean indexing: `torch.compile(fullgraph=True)` takes
@@ -75,7 +75,7 @@ MACHINES = """\
 ## One GPU, eight, sixty-four
 
 `nflib.train.fit` leaves devices, processes and precision to the accelerate library. One command
-trains any model of `nflib.models` anywhere, see [cli](api/cli.md); the batch size is that of all
+trains any model of `nflib.models` anywhere, see [train](api/train.md); the batch size is that of all
 processes together, so that the loss is that of one process with the same batch, up to the noise
 that each process draws for integers (a test runs two processes on real numbers and compares).
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nflib.arguments import ContextShape, Positive, Share, Size, Widths, checked
-from nflib.autoregressive.made import MADE
+from nflib.autoregressive.made import MADE, ranks
 from nflib.autoregressive.walk import in_order
 from nflib.cache import is_traced
 from nflib.core import Bijection, sum_log_det
@@ -69,7 +69,8 @@ class MaskedAutoregressive(Bijection):
         super().__init__()
         self.elementwise, self.solver, self.limit = elementwise, solver, limit
         self.exact_inverse = elementwise.exact_inverse
-        self.made = MADE(dim, elementwise.count, hidden, context_dim, order, residual, dropout)
+        found = ranks(dim, order, type(self).__name__)
+        self.made = MADE(dim, elementwise.count, hidden, context_dim, found, residual, dropout)
         self.event_shape, self.context_shape = (dim,), self.made.context_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

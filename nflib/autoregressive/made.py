@@ -216,21 +216,23 @@ class MADE(nn.Module):
         return f"{self.dim}, count={self.count}"
 
 
-def ranks(dim: int, order: Sequence[int] | Tensor | str | None) -> Tensor:
+def ranks(dim: int, order: Sequence[int] | Tensor | str | None, name: str = "MADE") -> Tensor:
     """The rank of each dimension, from what `MADE` takes as an order."""
     if order is None:
         return torch.arange(dim)
     if isinstance(order, str):
         if order == "random":
             return torch.randperm(dim)
-        raise ArgumentError(f"MADE expects order to be 'random' or a list of ranks, got {order!r}.")
+        raise ArgumentError(
+            f"{name} expects order to be 'random' or a list of ranks, got {order!r}."
+        )
     try:
         found = torch.as_tensor(order)
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.ndim != 1 or sorted(found.tolist()) != list(range(dim)):
         raise ArgumentError(
-            f"MADE expects order to hold each of 0..{dim - 1} once, got {show(order)}."
+            f"{name} expects order to hold each of 0..{dim - 1} once, got {show(order)}."
         )
     return found.to("cpu", torch.long)
 

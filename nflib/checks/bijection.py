@@ -23,6 +23,7 @@ from nflib.checks.subject import (
     Subject,
     check_methods,
     check_registered,
+    require_context,
     require_layer,
     require_rows,
     try_out,
@@ -123,6 +124,7 @@ def check_log_det(
     they share. Run it in float64; the tolerance is relative to 1 + |log_det|.
     """
     require_layer("check_log_det", layer)
+    require_context("check_log_det", x, context)
     report = report or Report(type(layer).__name__)
     name = type(layer).__name__
     with torch.no_grad():
@@ -193,6 +195,7 @@ def check_inverse(
     The tolerance, relative to 1 + |x|, is 1e-8 in float64 and 1e-3 in float32 unless given.
     """
     require_layer("check_inverse", layer, bijective=False)
+    require_context("check_inverse", x, context)
     report = report or Report(type(layer).__name__)
     name = type(layer).__name__
     limit = tolerance or (1e-8 if x.dtype == torch.float64 else 1e-3)
@@ -228,6 +231,7 @@ def check_batch_independence(
 ) -> Report:
     """Each row alone gives what it gives in the batch, in both directions; batch 0 works."""
     require_layer("check_batch_independence", layer, bijective=False)
+    require_context("check_batch_independence", x, context)
     report = report or Report(type(layer).__name__)
     with torch.no_grad():
         there = call(layer, "forward", x, context)

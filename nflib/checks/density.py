@@ -144,6 +144,10 @@ def check_normalized(
         points: grid points a side.
         dim: 1 or 2.
     """
+    if context is not None and context.shape[:1] != (1,):
+        raise ValueError(
+            f"check_normalized expects context to be one row, got shape {tuple(context.shape)}."
+        )
     low, high = limits
     step = (high - low) / points
     like = torch.zeros(())
@@ -151,7 +155,7 @@ def check_normalized(
         like = next(model.parameters(), like)
     axis = low + step * (torch.arange(points, dtype=like.dtype, device=like.device) + 0.5)
     grid = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
-    log_prob = getattr(model, "log_prob", model)
+    log_prob: Any = getattr(model, "log_prob", model)
     total = 0.0
     with torch.no_grad():
         for part in grid.split(65536):

@@ -64,9 +64,14 @@ def require_rows(caller: str, x: Any, context: Any, least: int = 2) -> None:
         raise ValueError(f"{caller} expects floating-point numbers in x, got {x.dtype}.")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{caller} expects finite numbers in x, got an infinite one or NaN.")
-    if context is not None and (context.ndim < 1 or context.shape[0] != x.shape[0]):
+    require_context(caller, x, context)
+
+
+def require_context(caller: str, x: Tensor, context: Tensor | None) -> None:
+    """Raise a ValueError unless there is a row of context for each row of x, or no context."""
+    if context is not None and (context.ndim < 1 or context.shape[:1] != x.shape[:1]):
         raise ValueError(
-            f"{caller} expects a row of context for each of the {x.shape[0]} rows of x, "
+            f"{caller} expects a row of context for each of the {len(x) if x.ndim else 0} rows of x, "
             f"got shape {tuple(context.shape)}."
         )
 

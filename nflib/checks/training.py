@@ -18,7 +18,7 @@ from nflib.checks.errors import (
     StateError,
     VmapError,
 )
-from nflib.checks.subject import Subject, require_layer
+from nflib.checks.subject import Subject, require_context, require_layer
 from nflib.checks.tools import below, first_line, noise_like, worst
 from nflib.core import Layer, zeros_log_det
 
@@ -36,6 +36,7 @@ def check_gradients(
     any other model the mean of ``log_prob``. In evaluation and in float64 a layer's gradients are
     also compared with a finite difference, which shows a log_det that was detached.
     """
+    require_context("check_gradients", x, context)
     report = report or Report(type(model).__name__)
     parameters = {name: p for name, p in model.named_parameters() if p.numel()}
     if isinstance(model, Layer):
@@ -126,6 +127,7 @@ def check_state(
     So does one of another dtype that takes the tensors over (``load_state_dict(assign=True)``).
     """
     require_layer("check_state", layer, bijective=False)
+    require_context("check_state", x, context)
     report = report or Report(type(layer).__name__)
     name = type(layer).__name__
     narrow = torch.float32 if x.dtype == torch.float64 else torch.float64
@@ -182,6 +184,7 @@ def check_autocast(
     Only conditioners may run in bfloat16. The tolerance is in nats per dimension.
     """
     require_layer("check_autocast", layer, bijective=False)
+    require_context("check_autocast", x, context)
     report = report or Report(type(layer).__name__)
     name = type(layer).__name__
     with torch.no_grad():
@@ -217,6 +220,7 @@ def check_compile(
     generates and needs a C++ compiler on CPU.
     """
     require_layer("check_compile", layer, bijective=False)
+    require_context("check_compile", x, context)
     report = report or Report(type(layer).__name__)
     name = type(layer).__name__
     if backend == "inductor" and x.device.type == "cpu" and not shutil.which("c++"):
@@ -248,6 +252,7 @@ def check_vmap(
     What it needs: no branch on values, no ``.item()`` and nothing written in place.
     """
     require_layer("check_vmap", layer, bijective=False)
+    require_context("check_vmap", x, context)
     report = report or Report(type(layer).__name__)
     name = type(layer).__name__
     limit = 1e-8 if x.dtype == torch.float64 else 1e-4

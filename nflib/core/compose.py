@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class Compose(Layer):
                     f"{type(self).__name__} expects layers (bijections or stochastic layers), "
                     f"got {show(layer)} at position {position}."
                 )
-        self.bijections = nn.ModuleList(layers)
+        # Whoever goes through the layers takes this list: dynamo of torch 2.6 knows no other.
+        self.bijections: Any = nn.ModuleList(layers)
         name = type(self).__name__
         self.event_shape, self._latent_shape = chain_shapes(name, layers)
         self.context_shape = common_context(name, layers)
@@ -50,46 +52,46 @@ class Compose(Layer):
         return self._latent_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Result:
-        return in_turn(self, x, context)
+        return in_turn(self.bijections, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
-        return in_turn(self, z, context, inverse=True)
+        return in_turn(self.bijections, z, context, inverse=True)
 
     def output_shape(self, shape: EventShape | None) -> EventShape | None:
-        for layer in self:
+        for layer in self.bijections:
             shape = layer.shape_after(shape)
         return shape
 
     def input_shape(self, shape: EventShape | None) -> EventShape | None:
-        for layer in reversed(list(self)):
+        for layer in reversed(list(self.bijections)):
             shape = layer.shape_before(shape)
         return shape
 
     def check_data(self, x: Tensor) -> None:
-        for first in list(self)[:1]:
+        for first in list(self.bijections)[:1]:
             first.check_data(x)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        for layer in self:
+        for layer in self.bijections:
             layer.initialize(x, context)
             x, _ = layer(x, context)
 
     @torch.no_grad()
     def initialize_inverse(self, z: Tensor, context: Tensor | None = None) -> None:
-        for layer in reversed(list(self)):
+        for layer in reversed(list(self.bijections)):
             layer.initialize_inverse(z, context)
             z, _ = layer.inverse(z, context)
 
     def __iter__(self) -> Iterator[Layer]:
-        return iter(self.bijections)  # type: ignore[arg-type]
+        return iter(self.bijections)
 
     def __len__(self) -> int:
         return len(self.bijections)
 
     def __getitem__(self, index: int | slice) -> Layer:
         """One layer, or for a slice the `Compose` of those layers, sharing their parameters."""
-        layers = list(self)
+        layers = list(self.bijections)
         return Compose(*layers[index]) if isinstance(index, slice) else layers[index]
 
 

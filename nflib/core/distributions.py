@@ -116,6 +116,9 @@ class Held(nn.Module):
         origin = value._base
         if value._is_view() and origin is not None and origin.is_leaf:
             return origin
+        if name in ("probs", "logits"):
+            # The constructor normalises what it is given; to do so again changes nothing.
+            return value.detach().clone().requires_grad_()
         raise ArgumentError(
             f"Flow expects a base whose learned tensors are leaves, got {self.kind.__name__} with "
             f"{name} computed from others; write the base as an nn.Module with log_prob and sample."

@@ -71,11 +71,11 @@ class Model(nn.Module):
             context = context.unsqueeze(0)
         if not fits(context.shape[1:], shape) or context.shape[0] not in (1, rows):
             raise ShapeError(
-                f"{name} expects a context of shape {describe((rows, *shape))}, "
-                f"or one row for all, got {tuple(context.shape)}."
+                f"{name} expects a context of shape {describe((rows, *shape))}, or one row for "
+                f"all, got {tuple(context.shape)}."
             )
         self._check_dtype(context)
-        return context if len(context) == rows else context.expand(rows, *context.shape[1:])
+        return context if context.shape[0] == rows else context.expand(rows, *context.shape[1:])
 
     def _check_dtype(self, context: Tensor) -> None:
         like = next(self.parameters(), None)
@@ -102,9 +102,15 @@ class Model(nn.Module):
             )
         shape = torch.Size(int(k) for k in wanted)
         own = len(self.context_shape or ())
+        several = isinstance(context, Tensor) and context.ndim > own and context.shape[0] > 1
+        if not is_shape and several and self.context_shape and len(context) != shape.numel():  # type: ignore[arg-type]
+            raise ShapeError(
+                f"{name}({n}, context) expects {n} rows of context, or one row for all, got "
+                f"{len(context)}; {method}(({n},), context) makes {n} draws for each row."  # type: ignore[arg-type]
+            )
         if not is_shape or not isinstance(context, Tensor) or context.ndim == own:
             return shape, self._context(context, shape.numel())
-        rows = self._context(context, len(context))
+        rows = self._context(context, context.shape[0])
         assert rows is not None  # there was a context
         every = rows.expand(*shape, *rows.shape).flatten(0, len(shape))
         return shape + rows.shape[:1], every
@@ -142,7 +148,7 @@ class Flow(Model):
         except NoCommonShape:
             raise ShapeError(
                 "Flow expects a base over the noise that its bijection returns, "
-                f"{describe(bijection.latent_shape)}, got {type(base).__name__} over "
+                f"{describe(bijection.latent_shape)}, got {self._base_name()} over "
                 f"{describe(base.event_shape)}."  # type: ignore[attr-defined]
             ) from None
         # Where sizes are open in the bijection, the base may know them.
@@ -158,7 +164,7 @@ class Flow(Model):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set the layers' data-dependent parameters from a first batch of data."""
-        context = self._context(context, len(x))
+        context = self._context(context, x.shape[0])
         self.bijection.initialize(x, context)
         initialize = getattr(self.base, "initialize", None)
         if initialize is not None:
@@ -239,7 +245,7 @@ class Flow(Model):
         name = f"{type(self).__name__}.{'decode' if inverse else 'encode'}"
         if not isinstance(x, Tensor) or x.ndim == 0:
             raise ShapeError(f"{name} expects a batch of events as a tensor, got {show(x)}.")
-        context = self._context(context, len(x))
+        context = self._context(context, x.shape[0])
         self.bijection.check_input(x, context, inverse, name)
         return (self.bijection.inverse if inverse else self.bijection)(x, context)[0]
 
@@ -259,7 +265,7 @@ class Flow(Model):
         if draw is None:
             raise ArgumentError(
                 f"{type(self).__name__}.{method} expects a base with {method}, "
-                f"got {type(self.base).__name__}."
+                f"got {self._base_name()}."
             )
         try:
             z = draw(count, context, **options) if options else draw(count, context)
@@ -268,7 +274,7 @@ class Flow(Model):
                 raise
             raise ArgumentError(
                 f"{type(self).__name__}.{method} expects a base that takes "
-                f"{' and '.join(options)}, got {type(self.base).__name__}."
+                f"{' and '.join(options)}, got {self._base_name()}."
             ) from error
         x, log_det = self.bijection.inverse(z, context)
         log_prob = log_det if method == "sample" else self.base.log_prob(z, context) - log_det
@@ -278,6 +284,11 @@ class Flow(Model):
         if context is not None and self.context_shape is None and self._hides_context():
             return context
         return self.rows_of_context(context, rows)
+
+    def _base_name(self) -> str:
+        """What the user gave as the base."""
+        is_torch = isinstance(self.base, TorchBase)
+        return self.base.parts.kind.__name__ if is_torch else type(self.base).__name__
 
     def _hides_context(self) -> bool:
         """Whether a base that is none of nflib's may use a context without saying so."""

@@ -274,7 +274,7 @@ def _check_context(
         raise ShapeError(f"{name} expects a context of shape {wanted}, got none.")
     if not isinstance(context, Tensor):
         raise ShapeError(f"{name} expects the context as a tensor, got {_kind(context)}.")
-    if context.ndim == 0 or not fits(context.shape[1:], shape) or len(context) != len(x):
+    if context.ndim == 0 or not fits(context.shape[1:], shape) or context.shape[0] != x.shape[0]:
         raise ShapeError(
             f"{name} expects a context of shape {describe((x.shape[0], *shape))}, "
             f"got {tuple(context.shape)}."

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nflib.arguments import Count, Size, checked
 from nflib.core import DataError, check_finite
 from nflib.core import check_values as check
 from nflib.data import archives, embedded, toys
@@ -37,12 +38,13 @@ __all__ = [
 ]
 
 
+@checked
 def load(
     name: str,
     split: str = "train",
     *,
-    n: int | None = None,
-    seed: int = 0,
+    n: Size | None = None,
+    seed: Count = 0,
     download: bool = True,
     **options: Any,
 ) -> Dataset:
@@ -61,13 +63,13 @@ def load(
     """
     facts = card(name)
     if split not in facts.splits:
-        raise DataError(f"{name} has the splits {_listed(facts.splits)}, got {split!r}.")
+        raise DataError(
+            f"load expects a split that {name} has, {_listed(facts.splits)}, got {split!r}."
+        )
     for option in options:
         if option not in facts.options:
             known = _listed(facts.options) if facts.options else "none"
             raise DataError(f"{name} has no option {option!r}; its options: {known}.")
-    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-        raise DataError(f"n must be a whole number of at least 1, got {n!r}.")
     if facts.drawn:
         return _draw(name, split, n or facts.splits[split], seed, options)
     if n is not None and n > facts.splits[split]:
@@ -76,8 +78,6 @@ def load(
 
 
 def _draw(name: str, split: str, n: int, seed: int, options: dict[str, Any]) -> Dataset:
-    if not isinstance(seed, int) or seed < 0:
-        raise DataError(f"seed must be a whole number of at least 0, got {seed!r}.")
     if name == "photo_patches":
         return embedded.photo_patches(split, n, seed, **options)
     if name == "pixel_pairs":
@@ -109,11 +109,13 @@ def _first(data: Dataset, n: int | None) -> Dataset:
     )
 
 
+@checked
 def names(embedded: bool | None = None) -> list[str]:
     """Names that `load` knows; with True or False only those that are embedded or are not."""
     return [c.name for c in CARDS.values() if embedded is None or c.embedded is embedded]
 
 
+@checked
 def card(name: str) -> Card:
     """The facts about a data set: shape, splits, licence, source, files; prints as a text."""
     if name not in CARDS:
@@ -123,23 +125,29 @@ def card(name: str) -> Card:
     return CARDS[name]
 
 
+@checked
 def potential(name: str) -> Callable[[Tensor], Tensor]:
     """The energy U of "u1" .. "u4" (Rezende & Mohamed 2015): x (N, 2) -> U(x) (N,), in nats.
 
     The data set has density exp(-U(x)) / Z on [-4, 4]^2; `log_density` includes log Z.
     """
     if name not in toys.POTENTIALS:
-        raise DataError(f"Potentials are {_listed(toys.POTENTIALS)}, got {name!r}.")
+        raise DataError(
+            f"potential expects name to be one of {_listed(toys.POTENTIALS)}, got {name!r}."
+        )
     return _on_points(name, toys.POTENTIALS[name])
 
 
+@checked
 def log_density(name: str) -> Callable[[Tensor], Tensor]:
     """The exact log density of a 2-D toy: x (N, 2) -> log p(x) (N,), in nats.
 
     Known for all toys. -inf outside the support of checkerboard and of u1 .. u4.
     """
     if name not in toys.TOYS:
-        raise DataError(f"The density is known for {_listed(toys.TOYS)}, got {name!r}.")
+        raise DataError(
+            f"log_density expects name to be one of {_listed(toys.TOYS)}, got {name!r}."
+        )
     return _on_points(name, toys.TOYS[name].log_density)
 
 

@@ -57,9 +57,13 @@ def live(
         _check_range(name, given)
     if not is_live():
         return
-    import ipywidgets
-    from IPython.display import display
-
+    try:
+        import ipywidgets
+        from IPython.display import display
+    except ImportError as error:
+        raise ImportError(
+            "live expects ipywidgets and IPython, which are not installed: pip install ipywidgets."
+        ) from error
     sliders = {name: _slider(ipywidgets, name, given) for name, given in ranges.items()}
     image = ipywidgets.Image(format="png")
 

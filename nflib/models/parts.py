@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from nflib.arguments import ArgumentError, checked
+from nflib.arguments import ArgumentError, Levels, Size, checked
 from nflib.core import Bijection, Flow, Layer, Shape, describe
 from nflib.coupling import Coupling, Network, halves
 from nflib.dequantization import Logit, UniformDequantization
@@ -102,13 +102,15 @@ def linear_map(dim: int, kind: LinearMap) -> list[Bijection]:
     return [kinds[kind]()]
 
 
-def dequantize(grey_levels: int | None) -> list[Layer]:
+@checked
+def dequantize(grey_levels: Levels | None) -> list[Layer]:
     """Uniform dequantization and the logit for integers; nothing for reals."""
     if grey_levels is None:
         return []
     return [UniformDequantization(grey_levels), Logit(ALPHA)]
 
 
-def normalize(dim: int, kind: Normalization) -> Bijection:
+@checked
+def normalize(dim: Size, kind: Normalization) -> Bijection:
     """The normalization layer of that name."""
     return ActNorm(dim) if kind == "actnorm" else BatchNorm(dim)

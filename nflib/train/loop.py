@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from nflib.arguments import Count, NonNegative, Positive, Share, Size, checked
+from nflib.arguments import Count, NonNegative, Positive, Rule, Share, Size, checked
 from nflib.train.rows import NoRows, Target, source_of
 from nflib.train.run import Plan, Run
 from nflib.train.surroundings import start_random, undisturbed
@@ -47,6 +47,15 @@ class History:
         return f"{text}, best valid {best:.3f} at step {self.best_step}"
 
 
+def _objective(value: Any) -> Any:
+    if isinstance(value, type) or not callable(value):
+        raise TypeError
+    return value
+
+
+Objective = Annotated[Callable[..., Tensor], Rule("a function loss(model, x)", _objective)]
+
+
 @checked
 def fit(
     model: nn.Module,
@@ -65,7 +74,7 @@ def fit(
     ema: Share | None = None,
     validate_every: Size | None = None,
     patience: Size | None = None,
-    loss: Callable[..., Tensor] | None = None,
+    loss: Objective | None = None,
     seed: Count = 0,
     checkpoint: str | Path | None = None,
     save_every: NonNegative = 30.0,
@@ -126,7 +135,7 @@ def fit(
     """
     from accelerate import Accelerator
 
-    _check_arguments(data, valid, loss, ema, patience, checkpoint, resume)
+    _check_arguments(model, data, valid, loss, ema, patience, checkpoint, resume)
     with undisturbed(model):
         accelerator = Accelerator(mixed_precision=mixed_precision)
         # Noise and dropout differ between processes, the order of the data does not.
@@ -175,6 +184,7 @@ def negative_log_likelihood(model: nn.Module, x: Tensor, context: Tensor | None 
 
 
 def _check_arguments(
+    model: nn.Module,
     data: Any,
     valid: Any,
     loss: Any,
@@ -184,6 +194,10 @@ def _check_arguments(
     resume: bool,
 ) -> None:
     """What one argument asks of another."""
+    if loss is None and not hasattr(model, "log_prob"):
+        raise ValueError(
+            f"fit expects model to have log_prob, or a loss, got {type(model).__name__}."
+        )
     if data is None and (loss is None or valid is not None):
         missing = "a loss" if loss is None else "no valid"
         raise ValueError(f"fit expects {missing} when it is called without data.")

@@ -228,6 +228,7 @@ class Run:
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         tensors |= {f"rng.{k}": v for k, v in checkpoints.rng_state().items()}
         meta = {"run": self.identity, "progress": asdict(self.progress)}
+        meta |= checkpoints.facts_of(self.model)
         checkpoints.write(self.checkpoint, tensors, meta)
         self.saved = time.monotonic()
 

@@ -227,11 +227,12 @@ def pad(x: Tensor, lengths: Tensor) -> Tensor:
     Returns: int16, or int32 if there are larger numbers.
     Raises: ShapeError if the lengths do not fit.
     """
-    fit = x.ndim == 2 and tuple(lengths.shape) == (len(x),)
+    fit = x.ndim == 2 and tuple(lengths.shape) == (len(x),) and not lengths.is_floating_point()
     if not fit or bool(((lengths > x.shape[1]) | (lengths < 0)).any()):
         raise ShapeError(
             f"pad expects a length of at most {x.shape[-1] if x.ndim else 0} for each row of x, "
-            f"got x of shape {tuple(x.shape)} and lengths of shape {tuple(lengths.shape)}."
+            f"got x of shape {tuple(x.shape)} and lengths of shape {tuple(lengths.shape)} in "
+            f"{lengths.dtype}."
         )
     behind = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     is_small = x.numel() == 0 or x.max() < 2**15

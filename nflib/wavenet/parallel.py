@@ -31,7 +31,7 @@ from nflib.core.flow import Draws
 from nflib.discrete import LogisticMixture
 from nflib.elementwise import Affine
 from nflib.wavenet.model import WaveNet
-from nflib.wavenet.spectrum import spectrum_power
+from nflib.wavenet.spectrum import Window, require_waveform, spectrum_power
 from nflib.wavenet.stack import CachedSteps, CausalStack, Taps
 
 # The largest log-scale of a `CausalAffine`, unless it is asked for another.
@@ -301,12 +301,13 @@ def mixture_log_density(head: LogisticMixture, x: Tensor, parameters: Tensor) ->
     return (log_weights + log_mass).logsumexp(1) - math.log(2 / (head.levels - 1))
 
 
+@checked
 def distillation_loss(
     student: ParallelWaveNet,
     teacher: WaveNet,
     z: Tensor,
     context: Tensor | None = None,
-    draws: int = 4,
+    draws: Size = 4,
 ) -> tuple[Tensor, Tensor]:
     """An unbiased estimate of ``KL(student || teacher)`` in nats a sample, and the waveforms.
 
@@ -326,8 +327,6 @@ def distillation_loss(
 
     Raises: ArgumentError if the teacher's head or input is of another kind, or without draws.
     """
-    if draws < 1:
-        raise ArgumentError(f"distillation_loss expects at least one draw, got {draws}.")
     if not isinstance(teacher.head, LogisticMixture) or teacher.one_hot:
         raise ArgumentError(
             "distillation_loss expects a teacher with a LogisticMixture head that sees scaled "
@@ -343,13 +342,16 @@ def distillation_loss(
     return cross - (log_scale.mean() + 2), x
 
 
-def power_loss(x: Tensor, y: Tensor, window: int = 256) -> Tensor:
+@checked
+def power_loss(x: Tensor, y: Tensor, window: Window = 256) -> Tensor:
     """How far the frequencies of waveforms x are from those of y: a mean over rows.
 
     ``| mean_time |STFT(x)|^2 - mean_time |STFT(y)|^2 |^2 / | mean_time |STFT(y)|^2 |^2``, each
     power averaged over time, for student and recording are not aligned. 0 if all powers agree,
     about 1 for silence.
     """
+    for name, each in (("x", x), ("y", y)):
+        require_waveform("power_loss", name, each, window)
     mine, theirs = (spectrum_power(each, window).mean(2) for each in (x, y))
     size = theirs.square().sum(1).clamp_min(torch.finfo(theirs.dtype).tiny)
     return ((mine - theirs).square().sum(1) / size).mean()

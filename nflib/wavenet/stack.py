@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflib.arguments import ContextShape, Count, Size, checked, whole
+from nflib.arguments import ContextShape, Count, Size, checked, show, whole
 from nflib.core import ShapeError
 from nflib.nets import vector_context
 
@@ -133,6 +133,11 @@ class CachedSteps:
     @torch.no_grad()
     @checked
     def __init__(self, stack: CausalStack, batch: Count, context: Tensor | None = None) -> None:
+        if stack.context_shape is not None and (context is None or len(context) != batch):
+            raise ShapeError(
+                f"CachedSteps expects a row of context for each of the {batch} rows of its batch, "
+                f"got {show(context)}."
+            )
         self.first, self.first_bias = _matrix(stack.first, batch)
         channels, depth = stack.channels, len(stack.dilations)
         # What the gates return lies side by side, for one product serves all skip connections. A
