@@ -230,6 +230,8 @@ def _each(rule: Rule) -> Rule:
 
 def _rule(hint: Any) -> Rule | None:
     """The rule that an annotation means, or None if it means none."""
+    if hint is Any:  # a class, in some versions of Python
+        return None
     for extra in getattr(hint, "__metadata__", ()):
         if isinstance(extra, Rule):
             return extra

@@ -13,9 +13,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from nflib.arguments import EventSizes, Positive, Rule, Size, checked
+from nflib.arguments import Rule, Size, checked, integer, real
 from nflib.cache import cached
-from nflib.core import check_finite
+from nflib.core import Shape, check_finite
 
 
 class HasLogProb(Protocol):
@@ -40,6 +40,13 @@ def _nats(value: Any) -> Any:
     return value
 
 
+def _dims(value: Any) -> float:
+    count = math.prod(map(integer, value)) if isinstance(value, tuple | list) else real(value)
+    if not count > 0:
+        raise ValueError
+    return count
+
+
 def _model(value: Any) -> Any:
     if isinstance(value, type) or not callable(getattr(value, "log_prob", None)):
         raise TypeError
@@ -47,11 +54,14 @@ def _model(value: Any) -> Any:
 
 
 LogProb = Annotated[Tensor | float, Rule("a number of nats, or a tensor of them", _nats)]
+Dims = Annotated[
+    float | Shape, Rule("a number of dimensions above 0, or the shape of an event", _dims)
+]
 Judged = Annotated[HasLogProb, Rule("a model with log_prob", _model)]
 
 
 @checked
-def bits_per_dim(log_prob: LogProb, dims: Positive | EventSizes, levels: Size = 1) -> Any:
+def bits_per_dim(log_prob: LogProb, dims: Dims, levels: Size = 1) -> Any:
     """Bits per dimension of integer data: ``-log_prob / (D log 2) + log2(levels)``.
 
     ``log_prob`` is in nats. If the model saw the integers (plus noise) as they are, leave
@@ -67,8 +77,8 @@ def bits_per_dim(log_prob: LogProb, dims: Positive | EventSizes, levels: Size = 
 
     Returns: bits per dimension, of log_prob's shape. Lower is better.
     """
-    count = math.prod(dims) if isinstance(dims, tuple | list) else dims
-    return -log_prob / (count * math.log(2)) + math.log2(levels)
+    assert not isinstance(dims, tuple)  # which `checked` counts
+    return -log_prob / (dims * math.log(2)) + math.log2(levels)
 
 
 @dataclass(frozen=True)

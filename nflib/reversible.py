@@ -14,8 +14,8 @@ Gomez et al. 2017 (the reversible residual network), https://arxiv.org/abs/1707.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import singledispatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,6 @@ class Reversible(Compose):
                 )
         # Lists, and no modules of this one: they share the layers' parameters.
         self._noise, self._steps = steps[:count], steps[count:]
-        let_compiler_trace()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():
@@ -89,13 +88,18 @@ class Replay(NamedTuple):
     join: Callable[..., Tensor]
 
 
-@singledispatch
 def replay(layer: Layer, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
     """Rebuild the input of which ``forward`` (or ``inverse``) made y, and the graph on it.
 
     What any layer can do is one pass back without a graph, then one pass with it. Couplings and
     mixing layers do both together for less.
     """
+    if isinstance(layer, Inverse):
+        return replay(layer.bijection, y, context, not inverse)
+    if isinstance(layer, Coupling):
+        return _replay_coupling(layer, y, context, inverse)
+    if isinstance(layer, AlongChannels):
+        return _replay_along(layer, y, context, inverse)
     there, back = (layer.inverse, layer.forward) if inverse else (layer.forward, layer.inverse)
     with torch.no_grad():
         x = back(y, context)[0].detach()
@@ -103,13 +107,7 @@ def replay(layer: Layer, y: Tensor, context: Tensor | None, inverse: bool) -> Re
     return Replay(x, there(x, context), (x,), lambda gradient: gradient)
 
 
-@replay.register
-def _(layer: Inverse, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
-    return replay(layer.bijection, y, context, not inverse)
-
-
-@replay.register
-def _(layer: Coupling, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+def _replay_coupling(layer: Coupling, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
     # The conditioner runs once for both ways: what it sees is the same before and after.
     kept, moved = layer.mask.split(y.detach())
     kept = kept.detach().requires_grad_()
@@ -121,8 +119,7 @@ def _(layer: Coupling, y: Tensor, context: Tensor | None, inverse: bool) -> Repl
     return Replay(x, outputs, (kept, before), layer.mask.merge)
 
 
-@replay.register
-def _(layer: AlongChannels, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
+def _replay_along(layer: AlongChannels, y: Tensor, context: Tensor | None, inverse: bool) -> Replay:
     again = replay(layer.bijection, *layer.rows(y, context), inverse)
 
     def join(*gradients: Tensor) -> Tensor:
@@ -176,13 +173,22 @@ def turn_on(model: nn.Module) -> nn.Module:
     return model
 
 
-def let_compiler_trace() -> None:
-    """Let ``torch.compile`` see through the backward pass below; before torch had this setting it
-    leaves the compiled graph for a reversible composition once and comes back."""
+@contextmanager
+def compiled_whole(is_on: bool = True) -> Iterator[None]:
+    """Inside of the block ``torch.compile`` sees through the backward pass below.
+
+    The first call of a compiled model belongs into it as well, for that is when torch compiles.
+    Outside of it, and before torch had this setting, a compiled graph is left for a reversible
+    composition once and entered again. `nflib.train.fit` does it where it compiles.
+    """
+    if not is_on:
+        yield
+        return
     from torch._dynamo import config
 
-    if hasattr(config, "trace_autograd_ops"):
-        config.trace_autograd_ops = True
+    known = hasattr(config, "trace_autograd_ops")
+    with config.patch(trace_autograd_ops=True) if known else nullcontext():
+        yield
 
 
 def run(

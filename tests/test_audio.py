@@ -208,9 +208,9 @@ def test_a_spectrum_of_white_noise_is_its_variance() -> None:
     assert power.shape == (20, 65, 1 + (4000 - 128) // 32)
     inner = power.mean((0, 2))[1:-1]
     torch.testing.assert_close(inner, torch.full_like(inner, 0.09), rtol=0.15, atol=0)
-    with pytest.raises(ShapeError, match="^spectrum_power .* length >= 256, got"):
+    with pytest.raises(ShapeError, match="^spectrum_power .* length >= 256.*, got"):
         audio.spectrum_power(torch.zeros(1, 255))
-    with pytest.raises(ShapeError, match="^spectrum_power expects a window of at least 4"):
+    with pytest.raises(ValueError, match="^spectrum_power expects .*window .* at least 4"):
         audio.spectrum_power(torch.zeros(1, 255), 3)
 
 

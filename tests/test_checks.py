@@ -249,5 +249,5 @@ def test_normalized() -> None:
     check_normalized(flow)
     with pytest.raises(NormalizationError, match="integrates to"):
         check_normalized(lambda x: flow.log_prob(x) + 0.05)
-    with pytest.raises(ValueError, match="dim 1 or 2"):
+    with pytest.raises(ValueError, match="dim to be 1 or 2"):
         check_normalized(flow, dim=3)

@@ -298,6 +298,8 @@ def test_contexts_of_every_kind_reach_their_rows() -> None:
     for wrong in (None, contexts[:3], contexts[:, :2], contexts.double(), 3.0):
         with pytest.raises(ShapeError, match=r"^Flow(\.log_prob)? expects a context .*, got .*\.$"):
             flow.log_prob(x, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="^Flow.* expects a context of its parameters' dtype"):
+        flow.sample(4, contexts.double())
     with pytest.raises(ShapeError, match="^Flow expects no context, .* got a tensor"):
         small_flow().log_prob(x, contexts)
 

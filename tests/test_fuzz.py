@@ -33,13 +33,16 @@ from nflib.normalization import ActNorm
 from nflib.pixel import PixelModel
 from nflib.wavenet import CausalStack, ParallelWaveNet, WaveNet
 
-FLOORS = """cache rootfinding core checks elementwise coupling autoregressive linear convolution
+FLOORS = """
+arguments cache rootfinding core checks elementwise coupling autoregressive linear convolution
 normalization multiscale dequantization planar mixer nets discrete domains reversible models pixel
-wavenet""".split()
+wavenet
+""".split()
 
 # Arithmetic that layers do in every step, where a check would cost time, and what speaks for the
 # class or function that calls it.
 HELPERS = """
+arguments.checked arguments.integer arguments.number arguments.real arguments.show arguments.whole
 cache.kept cache.is_traced rootfinding.solve_increasing
 core.check_finite core.check_levels core.check_values core.describe core.expand_log_det core.fits
 core.full_precision core.in_turn core.is_known core.log_det_dtype core.log_normal
@@ -51,7 +54,7 @@ convolution.rotation_kernel normalization.centre_and_spread normalization.moment
 planar.at_least planar.log_stretch planar.positive planar.solve_tanh planar.times
 nets.elu2 nets.equal_widths nets.in_place nets.normed_weight nets.shape_of nets.vector_context
 nets.widths nets.zero_init discrete.check_integers discrete.logistic_bin discrete.rows_for
-reversible.let_compiler_trace reversible.obstacle reversible.parts reversible.replay reversible.run
+reversible.compiled_whole reversible.obstacle reversible.parts reversible.replay reversible.run
 wavenet.mixture_log_density
 """.split()
 
@@ -262,7 +265,7 @@ NAMES = {
 CALLS = {
     **{f"models.{name}.dim": "(3,)" for name in ("nice", "spline_flow", "naf", "maf", "iaf")},
     "linear.Permutation.order": "3",
-    "metrics.bits_per_dim.dims": "(3,)",
+    "metrics.bits_per_dim.dims": "() (3,)",
     "metrics.bits_per_dim.log_prob": "0 -1 nan tensor",
     # Any module can be shaken and saved, and kept nothing of.
     "cache.cached.model": "module",
@@ -271,6 +274,7 @@ CALLS = {
     # An event's shape will do.
     "checks.check_onto.x": "3 (3,)",
     "models.dequantize.grey_levels": "None",
+    "planar.ConditionedParameters.context_dim": "None",
 }
 # Not tried: what takes a minute, and what the error of the reader's own function would be.
 LEFT_OUT = {

@@ -39,7 +39,7 @@ def test_both_scales_agree_for_any_density() -> None:
 
 
 def test_wrong_sizes_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match="positive dims and levels, got dims=0"):
+    with pytest.raises(ValueError, match="dims to be a number of dimensions above 0"):
         bits_per_dim(0.0, 0)
 
 

@@ -10,14 +10,16 @@ import torch
 from nflib import reversible
 from nflib.autoregressive import MaskedAutoregressive
 from nflib.checks import check_bijection, check_normalized, jacobian, randomize_parameters
-from nflib.core import Compose, Flow
+from nflib.core import Compose, Flow, Inverse
 from nflib.coupling import Coupling, halves
 from nflib.elementwise import LogisticMixtureCDF, RationalQuadraticSpline
 from nflib.linear import LU
 from nflib.mixer import AlongChannels, AlongPatches, Bands, Patches, Shift
 from nflib.models import mixerflow
+from nflib.multiscale import MultiScale, Squeeze
 from nflib.nets import MLP, ResidualMLP
 from nflib.normalization import ActNorm, BatchNorm
+from nflib.planar import Planar
 from nflib.train import fit
 
 SHAPES = {"vector": 12, "grey": (1, 4, 6), "colour": (3, 4, 2)}
@@ -265,3 +267,14 @@ def test_what_does_not_fit_is_said_in_a_sentence(build: object, message: str) ->
         build()  # type: ignore[operator]
     assert message in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+def test_what_mixes_is_as_exact_as_its_bijection_and_keeps_the_size() -> None:
+    assert AlongChannels(LU(3)).exact_inverse
+    assert not AlongPatches(Planar(3)).exact_inverse
+    flat = Inverse(MultiScale((1, 2, 2), Squeeze()))  # takes vectors and returns images
+    with pytest.raises(ValueError, match="^AlongChannels expects a bijection from vectors to vec"):
+        AlongChannels(flat)
+    for steps in ((1.5,), (1, True), ("1",)):
+        with pytest.raises(ValueError, match="^Shift expects steps to be a whole number each, got"):
+            Shift(*steps)  # type: ignore[arg-type]

@@ -126,7 +126,10 @@ def test_compiled_without_a_break() -> None:
     flow, x = deep(2, "reversible"), torch.randn(16, 8)
     torch._dynamo.reset()
     whole = hasattr(torch._dynamo.config, "trace_autograd_ops")
-    (-torch.compile(flow, fullgraph=whole)(x).mean()).backward()
+    before = dict(torch._dynamo.config.get_config_copy())
+    with reversible.compiled_whole():
+        (-torch.compile(flow, fullgraph=whole)(x).mean()).backward()
+    assert torch._dynamo.config.get_config_copy() == before
     found = [p.grad.clone() for p in flow.parameters()]
     flow.zero_grad()
     (-flow(x).mean()).backward()
@@ -192,3 +195,17 @@ def test_refusals_of_other_input() -> None:
         Reversible(ActNorm(2), UniformDequantization(4))
     with pytest.raises(reversible.NotReversibleError, match="a Compose in it, got Linear"):
         reversible.turn_on(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_neither_direction_keeps_more_for_more_layers(direction: str) -> None:
+    def kept(depth: int, memory: str) -> int:
+        tensors: list[Tensor] = []
+        layers = deep(depth, memory).bijection
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: tensors.append(t) or t, lambda t: t
+        ):
+            getattr(layers, direction)(torch.randn(3, 8))
+        return len(tensors)
+
+    assert kept(2, "reversible") == kept(6, "reversible") < kept(2, "plain") < kept(6, "plain")

@@ -463,8 +463,8 @@ def test_wrong_arguments_are_one_sentence(options: dict[str, Any], message: str)
 
 
 def test_a_model_without_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="parameters, Compose has none"):
-        fit(Compose(), points(), steps=1)
+    with pytest.raises(ValueError, match="parameters, Flow has none"):
+        fit(Flow(Compose(), StandardNormal(2)), points(), steps=1)
 
 
 def test_resuming_another_run_is_one_sentence(tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ def require_rows(caller: str, x: Any, context: Any, least: int = 2) -> None:
 def require_context(caller: str, x: Tensor, context: Tensor | None) -> None:
     """Raise a ValueError unless there is a row of context for each row of x, or no context."""
     if context is not None and (context.ndim < 1 or context.shape[:1] != x.shape[:1]):
+        count = len(x) if x.ndim else 0
         raise ValueError(
-            f"{caller} expects a row of context for each of the {len(x) if x.ndim else 0} rows of x, "
+            f"{caller} expects a row of context for each of the {count} rows of x, "
             f"got shape {tuple(context.shape)}."
         )
 

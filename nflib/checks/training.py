@@ -225,6 +225,10 @@ def check_compile(
     name = type(layer).__name__
     if backend == "inductor" and x.device.type == "cpu" and not shutil.which("c++"):
         raise ValueError("The inductor backend expects a C++ compiler named c++, found none.")
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(
+            f"check_compile expects backend to be one that torch has, got {backend!r}."
+        )
     torch.compiler.reset()
     for direction in ("forward", "inverse"):
         function = getattr(layer, direction)

@@ -110,11 +110,11 @@ class PixelCNN(PixelModel):
         return self.last(h)
 
 
-def shifts(context_dim: EventShape | None, width: int, layers: int) -> nn.ModuleList:
+def shifts(context_shape: EventShape | None, width: int, layers: int) -> nn.ModuleList:
     """For each layer what a context adds to its features; nothing without a context."""
-    if context_dim is None:
+    if context_shape is None:
         return nn.ModuleList()
-    size = context_dim[0]
+    size = context_shape[0]
     return nn.ModuleList(nn.Linear(size, width, bias=False) for _ in range(layers))
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
+from nflib import reversible
 from nflib.arguments import Count, NonNegative, Positive, Rule, Share, Size, checked
 from nflib.train.rows import NoRows, Target, source_of
 from nflib.train.run import Plan, Run
@@ -136,7 +137,7 @@ def fit(
     from accelerate import Accelerator
 
     _check_arguments(model, data, valid, loss, ema, patience, checkpoint, resume)
-    with undisturbed(model):
+    with undisturbed(model), reversible.compiled_whole(compile):
         accelerator = Accelerator(mixed_precision=mixed_precision)
         # Noise and dropout differ between processes, the order of the data does not.
         start_random(seed + accelerator.process_index)

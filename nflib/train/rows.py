@@ -223,6 +223,11 @@ def source_of(data: Any, name: str, batch_size: int | None, seed: int, target: T
     if batch_size is not None:
         whose = "the loss draws its own" if data is None else f"{type(data).__name__} has its own"
         raise ValueError(f"fit expects no batch_size here ({whose}), got {batch_size}.")
+    if data is None and target.processes > 1:
+        # What makes the gradients of several processes one is a call of the model on their rows.
+        raise ValueError(
+            f"fit expects one process for a loss without data, got {target.processes}."
+        )
     if data is None:
         return NoRows()
     # What has rows by number or key (a DataFrame, a dict) means something else when iterated over.

@@ -133,7 +133,7 @@ class CachedSteps:
     @torch.no_grad()
     @checked
     def __init__(self, stack: CausalStack, batch: Count, context: Tensor | None = None) -> None:
-        if stack.context_shape is not None and (context is None or len(context) != batch):
+        if context is not None and stack.context is not None and len(context) != batch:
             raise ShapeError(
                 f"CachedSteps expects a row of context for each of the {batch} rows of its batch, "
                 f"got {show(context)}."
