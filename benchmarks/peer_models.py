@@ -22,7 +22,7 @@ from nflib.convolution import Invertible1x1Conv
 from nflib.core import Bijection, Compose, Flow, Inverse, StandardNormal
 from nflib.coupling import Coupling, channels, halves
 from nflib.elementwise import Affine, RationalQuadraticSpline
-from nflib.models import LIMIT
+from nflib.models.parts import LIMIT
 from nflib.multiscale import MultiScale, Squeeze
 from nflib.nets import MLP, ConvNet
 from nflib.normalization import ActNorm

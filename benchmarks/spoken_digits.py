@@ -31,7 +31,14 @@ from nflib.train import fit
 from nflib.wavenet import WaveNet, pad
 
 LEVELS, CROP = 256, 2048
-MODEL = {"levels": LEVELS, "channels": 32, "skip": 64, "blocks": 2, "layers": 9, "context_shape": 12}
+MODEL = {
+    "levels": LEVELS,
+    "channels": 32,
+    "skip": 64,
+    "blocks": 2,
+    "layers": 9,
+    "context_dim": 12,
+}
 TRAINING = {"batch_size": 8, "lr": 2e-3, "warmup": 100, "ema": 0.998, "seed": 0}
 """Crops a step, and so on: the arguments of `nflib.train.fit`."""
 

@@ -29,23 +29,23 @@ from nflib import audio, checkpoints
 from nflib.core import StandardLogistic
 from nflib.discrete import LogisticMixture
 from nflib.train import fit
+from nflib.train.distillation import distill
 from nflib.wavenet import (
     ParallelWaveNet,
     WaveNet,
-    distill,
     distillation_loss,
     mixture_log_density,
 )
 
 LEVELS, CLASSES, LENGTH, SECOND = 256, len(audio.PITCHES), 1024, audio.RATE
 COMPONENTS = 5
-TEACHER = {"levels": LEVELS, "channels": 16, "skip": 32, "layers": 8, "context_shape": CLASSES}
+TEACHER = {"levels": LEVELS, "channels": 16, "skip": 32, "layers": 8, "context_dim": CLASSES}
 STUDENT = {
     "flows": 3,
     "channels": 12,
     "skip": 12,
     "layers": 7,
-    "context_shape": CLASSES,
+    "context_dim": CLASSES,
     "scale": 0.05,
 }
 TEACHING = {"batch_size": 8, "lr": 4e-3, "warmup": 50, "ema": 0.99, "seed": 0}

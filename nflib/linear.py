@@ -269,13 +269,13 @@ class LU(Linear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The triangular factors (L, U), each ``(dim, dim)``."""
-        diagonal = torch.diag(self.sign * self.packed.diagonal().exp())
-        return self.packed.tril(-1), self.packed.triu(1) + diagonal
+        diagonal = self.sign * self.packed.diagonal().exp()
+        return self.packed.tril(-1), torch.diagonal_scatter(self.packed.triu(), diagonal)
 
     @kept
     def weight(self) -> Tensor:
         lower, upper = self.factors()
-        return (lower @ upper + upper).index_select(0, self.order)
+        return torch.addmm(upper, lower, upper).index_select(0, self.order)
 
     def log_abs_det(self) -> Tensor:
         return self.packed.diagonal().sum()
@@ -364,7 +364,7 @@ def reflect(x: Tensor, vectors: Tensor) -> Tensor:
 
 def place(values: Tensor, position: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of zeros with values at flat positions: masked matrices store only what they use."""
-    return values.new_zeros(math.prod(shape)).index_copy(0, position, values).view(shape)
+    return values.new_zeros(math.prod(shape)).scatter_(0, position, values).view(shape)
 
 
 def refresh_inverse_order(module: nn.Module, _: object) -> None:

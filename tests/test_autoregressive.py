@@ -585,3 +585,15 @@ def test_samples_of_pixels_keep_their_log_density(name: str, steps: int) -> None
     back = flow.base.log_prob(again) + back_log_det
     assert torch.isfinite(there).all()
     assert (there - back).abs().max() / dim < 1e-3
+
+
+def test_a_residual_made_adds_its_blocks_to_what_runs_along_the_shortcuts() -> None:
+    made = MADE(4, 2, (6, 6), residual=True)
+    randomize_parameters(made)
+    x = torch.randn(5, 4)
+    first, *rest = made.layers
+    h = first(x)
+    for inner, outer in zip(rest[::2], rest[1::2], strict=True):
+        h = h + outer(torch.relu(inner(torch.relu(h))))
+    assert len(rest) == 4
+    torch.testing.assert_close(made(x), made.last(torch.relu(h)).view(5, 2, 4))

@@ -66,6 +66,18 @@ def test_what_fitted_one_direction_is_not_taken_for_the_other() -> None:
         layer(torch.zeros(1, 4, 3, 3))
 
 
+def test_what_fitted_once_is_asked_again_when_input_or_layer_change_their_dtype() -> None:
+    layer, x = LU(2), torch.randn(3, 2)
+    for _ in range(2):
+        layer(x)
+        with pytest.raises(ShapeError, match="dtype torch.float32, got torch.float64"):
+            layer(x.double())
+    layer.double()
+    with pytest.raises(ShapeError, match="dtype torch.float64, got torch.float32"):
+        layer(x)
+    assert layer(x.double())[0].dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("made", "words"),
     [

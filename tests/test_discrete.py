@@ -199,3 +199,28 @@ def test_a_head_that_is_not_written_says_so() -> None:
     ):
         with pytest.raises(NotImplementedError, match=r"^Head does not define \w+\(.*\)\.$"):
             call()
+
+
+def test_a_softmaxs_numbers_are_channel_after_channel() -> None:
+    likely = torch.tensor([[0.0, 0.0, 9.0, 0.0, 9.0, 0.0]])  # level 2 of channel 0, 1 of channel 1
+    head = Softmax(3, 2)
+    assert head.log_prob(torch.tensor([[2, 1]]), likely).item() > -0.01
+    assert head.sample(likely, torch.full((1, 2), 0.5)).tolist() == [[2.0, 1.0]]
+
+
+def test_each_pair_of_channels_has_a_link_of_its_own_and_scales_have_a_floor() -> None:
+    head = LogisticMixture(101, 3, 1)
+    # A weight, three means, three log-scales, then the links 1-0, 2-0 and 2-1.
+    links = torch.tensor([0.2, -0.4, 0.7]).atanh()
+    means, floor = torch.tensor([0.5, -0.2, 0.1]), head.min_log_scale
+
+    def parameters(log_scale: float) -> Tensor:
+        return torch.cat([torch.zeros(1), means, torch.full((3,), log_scale), links])[None]
+
+    x0, x1 = 0.5, -0.2 + 0.2 * 0.5
+    expected = [x0, x1, 0.1 - 0.4 * x0 + 0.7 * x1]
+    drawn = head.sample(parameters(-50.0), torch.full((1, 4), 0.5))
+    assert drawn[0].tolist() == [round(50 * (value + 1)) for value in expected]
+    x = drawn + 1
+    assert torch.equal(head.log_prob(x, parameters(-50.0)), head.log_prob(x, parameters(floor)))
+    assert head.log_prob(x, parameters(floor)) < head.log_prob(x, parameters(floor + 1))

@@ -152,3 +152,18 @@ def test_the_stretch_is_exact_far_out() -> None:
 def test_bad_arguments_are_one_sentence(make: type[Bijection]) -> None:
     with pytest.raises(ArgumentError, match=r"^\w+ expects .*, got .*\.$"):
         make()
+
+
+def test_a_radial_map_that_pushes_far_is_inverted_without_cancellation() -> None:
+    layer = set_parameters(Radial(2), centre=0.0, a=-7.0, c=1000.0)
+    x = torch.tensor([[1e-3, -2e-3], [1e-4, 0.0], [3.0, 4.0]])
+    torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("u", [-150.0, -1e4])
+def test_a_planar_map_whose_softplus_underflows_stays_finite(u: float) -> None:
+    layer = set_parameters(Planar(1), w=1.0, u=u, b=0.0)
+    for function in (layer, layer.inverse):
+        out, log_det = function(torch.zeros(1, 1))
+        assert torch.isfinite(out).all()
+        assert torch.isfinite(log_det).all()

@@ -209,3 +209,11 @@ def test_neither_direction_keeps_more_for_more_layers(direction: str) -> None:
         return len(tensors)
 
     assert kept(2, "reversible") == kept(6, "reversible") < kept(2, "plain") < kept(6, "plain")
+
+
+def test_a_composition_inside_is_rebuilt_layer_by_layer() -> None:
+    def nested(depth: int) -> Flow:
+        return Flow(Reversible(Compose(*deep(depth, "plain").bijection)), StandardNormal(8))
+
+    x = torch.randn(256, 8)
+    assert peak_bytes(nested(32), x) <= 1.1 * peak_bytes(nested(4), x)

@@ -133,3 +133,34 @@ def test_what_is_no_number_leaves_the_others_alone() -> None:
     found = solve_increasing(cubic, target, lower, upper)
     assert found[[2, 4]].isnan().all()
     assert torch.equal(found[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
+
+
+def test_no_point_outside_of_the_bracket_is_tried() -> None:
+    """Newton's second step, from 0.9, is short enough but ends at 1.07."""
+    tried: list[float] = []
+
+    def f(t: Tensor) -> Pair:
+        tried.append(t.item())
+        if t < 0.6:
+            return t - 0.9, torch.ones_like(t)
+        if t < 0.98:
+            return 0.6 * (t - 0.9) - 0.1, torch.full_like(t, 0.6)
+        return 10 * (t - 0.98) - 0.052, torch.full_like(t, 10.0)
+
+    found = solve_increasing(f, torch.zeros(1), torch.zeros(1), torch.ones(1))
+    assert found.item() == pytest.approx(0.9852, abs=1e-5)
+    assert 0 <= min(tried)
+    assert max(tried) <= 1
+
+
+def test_the_best_point_of_all_is_returned() -> None:
+    """The middle is nearly right; from there the search has to go far away."""
+
+    def f(t: Tensor) -> Pair:
+        inside = t.abs() < 0.1
+        value = torch.where(inside, 1e-9 * t, 8 * t**3)
+        return 1e-3 + value, torch.where(inside, 1e-9, 24 * t.square())
+
+    zero, one = torch.zeros(1), torch.ones(1)
+    found = solve_increasing(f, zero, -one, one, rounds=2)
+    assert f(found)[0].abs().item() <= 2e-3

@@ -120,6 +120,10 @@ class Layer(nn.Module):
         Every call of ``forward`` and ``inverse`` begins with it. Reads shapes, dtypes and devices
         only: nothing waits for the device. ``name`` is what the user called, if not the layer.
         """
+        # A compiler checks once, and should not have to watch what is remembered here.
+        is_traced = torch.compiler.is_compiling()
+        if self.context_shape is None and not is_traced and self._has_seen(x, inverse):
+            return
         name = name or type(self).__name__ + ".inverse" * inverse
         if not isinstance(x, Tensor):
             raise ShapeError(f"{name} expects a tensor, got {_kind(x)}; torch.as_tensor makes one.")
@@ -127,17 +131,34 @@ class Layer(nn.Module):
             raise ShapeError(f"{name} expects a batch of events, got a single number.")
         if not x.is_floating_point() and (self.bijective or inverse):
             raise ShapeError(f"{name} expects floating-point numbers, got {x.dtype}.")
-        # A compiler checks once, and should not have to watch what is remembered here.
-        is_traced = torch.compiler.is_compiling()
-        known = [None, None] if is_traced else self.__dict__.setdefault("_known", [None, None])
-        if x.shape[1:] != known[inverse]:
+        if is_traced or not self._has_seen(x, inverse):
             self._check_shape(name, x, inverse)
-            known[inverse] = x.shape[1:]  # what fitted once fits again
         like = None if is_traced else _first(self)
         if like is not None:
             _check_like(name, x, like, self.bijective)
         if self.context_shape is not None:
             _check_context(name, x, context, self.context_shape, like)
+        if not is_traced:
+            self._remember(x, inverse, like)
+
+    def _has_seen(self, x: Tensor, inverse: bool) -> bool:
+        """Whether an input like this one fitted before, to a layer as it is now."""
+        seen = self.__dict__.get("_inputs_that_fitted")
+        known = None if seen is None else seen[inverse]
+        if known is None or not isinstance(x, Tensor):
+            return False
+        shape, dtype, device, own = known
+        if x.shape[1:] != shape or x.dtype is not dtype or x.device != device:
+            return False
+        if own is None:
+            return True
+        like = _first(self)
+        return like is not None and like.dtype is own and like.device == device
+
+    def _remember(self, x: Tensor, inverse: bool, like: Tensor | None) -> None:
+        own = None if like is None else like.dtype
+        seen = self.__dict__.setdefault("_inputs_that_fitted", [None, None])
+        seen[inverse] = x.shape[1:], x.dtype, x.device, own
 
     def _check_shape(self, name: str, x: Tensor, inverse: bool) -> None:
         shape = tuple(x.shape[1:])
@@ -239,7 +260,7 @@ def _first(module: nn.Module) -> Tensor | None:
 
     Found once; afterwards it is looked up where it stood, for it may be replaced.
     """
-    place = module.__dict__.get("_place")
+    place = module.__dict__.get("_where_first")
     found = None if place is None else place[0].get(place[1])
     if found is not None:
         return found
@@ -248,7 +269,7 @@ def _first(module: nn.Module) -> Tensor | None:
             store = getattr(inner, kind)
             for name, tensor in store.items():
                 if tensor is not None:
-                    module.__dict__["_place"] = (store, name)
+                    module.__dict__["_where_first"] = (store, name)
                     return tensor
     return None
 
