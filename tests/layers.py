@@ -157,9 +157,7 @@ LAYERS: dict[str, Case] = {
     "logit": Case(lambda: Logit(), (3,), draw=torch.rand),
     "logit of an image": Case(lambda: Logit(0.05), (1, 2, 3), draw=torch.rand),
     "inverse": Case(lambda: Inverse(Radial(3)), (3,)),
-    "compose": Case(
-        lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_dim=2))), (3,), 2
-    ),
+    "compose": Case(lambda: Compose(LU(3), Planar(3), Inverse(Radial(3, context_dim=2))), (3,), 2),
     "identity": Case(lambda: Compose(), (3,)),
 }
 

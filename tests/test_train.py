@@ -478,3 +478,38 @@ def test_resuming_another_run_is_one_sentence(tmp_path: Path) -> None:
     checkpoints.save(make(), path)
     with pytest.raises(CheckpointError, match="without the state of a training run"):
         fit(make(), points(), steps=2, checkpoint=path, resume=True)
+
+
+class Told(nn.Module):
+    """Its loss in training is `Slope`'s; each validation finds the next of some numbers."""
+
+    def __init__(self, valid: list[float]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+        self.valid = iter(valid)
+
+    def loss(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.w.sum() if self.training else torch.tensor(next(self.valid))
+
+
+TOLD = {"lr": 0.1, "schedule": "constant", "validate_every": 1, "progress": False}
+
+
+def test_patience_begins_anew_with_each_new_best() -> None:
+    model = Told([5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0, 1.0])
+    history = fit(model, points(4), points(4), steps=9, patience=2, loss=model.loss, **TOLD)
+    assert history.column("valid") == [5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0]
+    assert history.best_step == 5
+    torch.testing.assert_close(model.w.item(), -0.5)
+
+
+def test_a_resumed_run_ends_with_the_best_weights_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    first = Told([5.0, 2.0, 6.0])
+    fit(first, points(4), points(4), steps=3, loss=first.loss, checkpoint=path, **TOLD)
+    second = Told([7.0, 8.0])
+    options = {"checkpoint": path, "resume": True} | TOLD
+    history = fit(second, points(4), points(4), steps=5, loss=second.loss, **options)
+    assert history.best_step == 2
+    assert len(history.records) == 5
+    torch.testing.assert_close(second.w.item(), -0.2)

@@ -75,8 +75,8 @@ MACHINES = """\
 ## One GPU, eight, sixty-four
 
 `nflib.train.fit` leaves devices, processes and precision to the accelerate library. One command
-trains any model of `nflib.models` anywhere, see [train](api/train.md); the batch size is that of all
-processes together, so that the loss is that of one process with the same batch, up to the noise
+trains any model of `nflib.models` anywhere, see [train](api/train.md); the batch size is that of
+all processes together, so that the loss is that of one process with the same batch, up to the noise
 that each process draws for integers (a test runs two processes on real numbers and compares).
 
     TRAIN="nflib.train glow --data mnist --levels 2 --steps 16 --hidden 256 --epochs 50
