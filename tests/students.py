@@ -27,8 +27,16 @@ class Scale(Bijection):
 
 
 class Shift(Bijection):
-    """Without parameters, and without a context."""
+    """Without parameters."""
 
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Pair:
+        return x + 1, torch.zeros(len(x), dtype=x.dtype)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Pair:
+        return z - 1, torch.zeros(len(z), dtype=z.dtype)
+
+
+class NoContext(Bijection):
     def forward(self, x: Tensor) -> Pair:  # type: ignore[override]
         return x + 1, torch.zeros(len(x), dtype=x.dtype)
 

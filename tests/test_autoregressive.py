@@ -597,3 +597,11 @@ def test_a_residual_made_adds_its_blocks_to_what_runs_along_the_shortcuts() -> N
         h = h + outer(torch.relu(inner(torch.relu(h))))
     assert len(rest) == 4
     torch.testing.assert_close(made(x), made.last(torch.relu(h)).view(5, 2, 4))
+
+
+def test_guesses_that_overflow_leave_what_is_final_alone() -> None:
+    """Not limited, the guesses of single precision reach infinity here, and all becomes NaN."""
+    torch.manual_seed(1)
+    layer = MaskedAutoregressive(30, Affine(), (60,), solver="jacobi")
+    randomize_parameters(layer, scale=300.0)
+    assert torch.isfinite(layer.inverse(torch.randn(6, 30))[0]).all()

@@ -513,3 +513,24 @@ def test_a_resumed_run_ends_with_the_best_weights_of_before(tmp_path: Path) -> N
     assert history.best_step == 2
     assert len(history.records) == 5
     torch.testing.assert_close(second.w.item(), -0.2)
+
+
+@pytest.mark.parametrize(("budget", "steps"), [((3, 5), 3), ((30, 1), 4)])
+def test_the_shorter_of_two_budgets_ends_a_run(budget: tuple[int, int], steps: int) -> None:
+    options = {"batch_size": 10, "progress": False}
+    history = fit(make(), points(40), steps=budget[0], epochs=budget[1], **options)
+    assert history.records[-1]["step"] == steps
+
+
+def test_a_seed_decides_about_the_noise_of_a_run() -> None:
+    def drawn(seed: int) -> list[float]:
+        numbers: list[float] = []
+
+        def loss(model: Flow, x: Tensor) -> Tensor:
+            numbers.append(torch.rand(()).item())
+            return -model(x).mean()
+
+        fit(make(), points(20), steps=3, seed=seed, loss=loss, progress=False)
+        return numbers
+
+    assert drawn(1) == drawn(1) != drawn(2)

@@ -87,7 +87,7 @@ def check_methods(layer: Layer) -> None:
         method = inspect.unwrap(getattr(kind, direction))
         signature = inspect.signature(method)
         names = list(signature.parameters)
-        if names[:1] == [letter] or not (_takes(signature, 3) or _takes(signature, 2)):
+        if names[:1] == [letter] or not _takes(signature, 3):
             raise LayerError(
                 f"{kind.__name__}.{direction} expects to be written as {wanted}, "
                 f"got {direction}({', '.join(names)})."
