@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from nflib.arguments import ArgumentError, checked, show
+from nflib.cache import is_traced
 from nflib.core import (
     Bijection,
     DataError,
@@ -27,6 +28,7 @@ from nflib.core import (
     describe,
     is_known,
     sum_log_det,
+    zeros_log_det,
 )
 from nflib.core.distributions import Held
 
@@ -60,12 +62,12 @@ class TorchTransform(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         transform = self.held.build()
         z = transform(x)
-        return z, sum_log_det(transform.log_abs_det_jacobian(x, z))
+        return z, _log_det(transform, x, z)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         transform = self.held.build()
         x = transform.inv(z)
-        return x, -sum_log_det(transform.log_abs_det_jacobian(x, z))
+        return x, -_log_det(transform, x, z)
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data outside of the transform's domain."""
@@ -89,16 +91,22 @@ class TorchTransform(Bijection):
             # Sizes that stay open pass where the transform keeps them.
             try:
                 keeps = all(getattr(transform, method)(size) == size for size in sizes)
-            except ValueError:
+            except (ValueError, RuntimeError):  # sizes that a tensor of its own settles
                 keeps = False
             return shape if keeps else None
         try:
             return tuple(getattr(transform, method)(torch.Size(shape)))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ShapeError(
                 f"TorchTransform expects a shape that {self.held.kind.__name__} can take, "
                 f"got {describe(shape)}: {error}."
             ) from error
+
+
+def _log_det(transform: Transform, x: Tensor, z: Tensor) -> Tensor:
+    if not is_traced() and x.shape[0] == 0:  # torch's own sum over an event takes no empty batch
+        return zeros_log_det(x)
+    return sum_log_det(transform.log_abs_det_jacobian(x, z))
 
 
 @checked

@@ -7,9 +7,8 @@ code, what takes its place, and what is wrong then. They are planted in a copy o
 results/mutants.json is written after each fault; one whose code and tests are the same as then is
 not planted again. The last lines name the faults that no test found.
 
-They are chosen by hand. mutmut, which changes each operator and number in turn, would make
-thousands: many change nothing that a caller could see, which only a person can tell, and on two
-cores one run of them takes days.
+They are chosen by hand. mutmut would change each operator and number in turn, thousands of them:
+many change nothing that a caller could see, and on two cores one run takes days.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -38,8 +37,8 @@ RESULTS = ROOT / "results" / "mutants.json"
 COPIED = ("nflib", "tests", "benchmarks", "tools", "pyproject.toml")
 HELPERS = ("layers", "students")
 # None of the faults is one that only a compiler shows, and compiling takes most of the time.
-QUIET = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-QUIET |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to look for plugins takes longer than a test
+# To look for pytest's plugins takes longer than a test.
+QUIET = ("TORCHDYNAMO_DISABLE", "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TQDM_DISABLE", "OMP_NUM_THREADS")
 # Imported once; each run of pytest is a fork that has them already.
 LIBRARIES = ("accelerate", "hypothesis", "pytest", "torch.distributions", "torch.func")
 
@@ -63,19 +62,9 @@ class Fault:
         """A hash of all that decides about the outcome."""
         tests = [word for word in shlex.split(self.tests) if word.endswith(".py")]
         texts = [(folder / path).read_text() for path in (self.file, *tests)]
-        for name in HELPERS:
-            if any(f"from {name} import" in text for text in texts):
-                texts.append((folder / "tests" / f"{name}.py").read_text())
+        helpers = [name for name in HELPERS if f"from {name} import" in "".join(texts)]
+        texts += [(folder / "tests" / f"{name}.py").read_text() for name in helpers]
         return hashlib.sha256("\0".join([repr(self), *texts]).encode()).hexdigest()
-
-
-@dataclass
-class Outcome:
-    """What the tests said: found, survived or timeout (which counts as found)."""
-
-    outcome: str
-    seconds: float
-    state: str
 
 
 def faults() -> list[Fault]:
@@ -83,16 +72,15 @@ def faults() -> list[Fault]:
     found = []
     for path in sorted((ROOT / "tests" / "mutants").glob("*.toml")):
         module = tomllib.loads(path.read_text())
-        own = module.pop("fault")
-        found += [Fault(**module | fault) for fault in own]
+        found += [Fault(**module | fault) for fault in module.pop("fault")]
     return found
 
 
 def copy_repository(folder: Path) -> None:
     """The tracked and the new files of the repository, as they are now."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *COPIED]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *COPIED]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
+    for name in listed.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
@@ -110,7 +98,7 @@ def pytest_in(folder: Path, tests: str) -> None:
 
 
 def run_tests(folder: Path, tests: str, limit: float) -> tuple[str, float]:
-    """Run pytest in the copy: passed, failed or timeout, and how long it took."""
+    """What pytest in the copy says (found, survived or timeout), and how long it took."""
     start = time.perf_counter()
     process = multiprocessing.get_context("fork").Process(target=pytest_in, args=(folder, tests))
     process.start()
@@ -120,16 +108,12 @@ def run_tests(folder: Path, tests: str, limit: float) -> tuple[str, float]:
         process.join()
         return "timeout", limit
     if process.exitcode in (3, 4, 5):  # pytest itself failed, or ran no test
-        raise SystemExit(f"pytest {tests} ends with {process.exitcode}:\n{said(folder)}")
-    return "failed" if process.exitcode else "passed", time.perf_counter() - start
+        raise SystemExit(f"pytest {tests} ends with {process.exitcode}.")
+    return "found" if process.exitcode else "survived", time.perf_counter() - start
 
 
-def said(folder: Path) -> str:
-    return (folder / "said").read_text()[-3000:]
-
-
-def plant(fault: Fault, folder: Path, limit: float) -> Outcome:
-    """The outcome of the tests with this fault in the copy, which is as before afterwards."""
+def plant(fault: Fault, folder: Path, limit: float) -> dict[str, Any]:
+    """What the tests say of this fault; afterwards the copy is as before."""
     path = folder / fault.file
     before = path.read_text()
     path.write_text(before.replace(fault.text, fault.becomes))
@@ -137,11 +121,10 @@ def plant(fault: Fault, folder: Path, limit: float) -> Outcome:
         word, seconds = run_tests(folder, fault.tests, limit)
     finally:
         path.write_text(before)
-    word = {"passed": "survived", "failed": "found"}.get(word, word)
-    return Outcome(word, round(seconds, 1), fault.state(folder))
+    return {"outcome": word, "seconds": round(seconds, 1), "state": fault.state(folder)}
 
 
-def plant_all(todo: list[Fault], folder: Path, outcomes: dict[str, Outcome]) -> set[str]:
+def plant_all(todo: list[Fault], folder: Path, outcomes: dict[str, dict[str, Any]]) -> set[str]:
     """Plant each fault and write down its outcome; return modules whose tests fail without one."""
     limits: dict[str, float] = {}
     red: set[str] = set()
@@ -149,24 +132,23 @@ def plant_all(todo: list[Fault], folder: Path, outcomes: dict[str, Outcome]) -> 
         if fault.tests not in limits:
             word, seconds = run_tests(folder, fault.tests, 1200)
             limits[fault.tests] = 20 + 3 * seconds
-            tqdm.write(f"{fault.module}: without a fault {seconds:.0f} s, {word}: {fault.tests}")
-            if word != "passed":
+            tqdm.write(f"{fault.module}: {seconds:.0f} s without a fault: {fault.tests}")
+            if word != "survived":
                 red.add(fault.tests)
-                tqdm.write(said(folder))
+                tqdm.write("fails as it is:\n" + (folder / "said").read_text()[-3000:])
         if fault.tests in red:
             continue
         outcomes[fault.name] = done = plant(fault, folder, limits[fault.tests])
-        rows = {name: asdict(outcome) for name, outcome in sorted(outcomes.items())}
-        RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
-        tqdm.write(f"{done.outcome:8} {done.seconds:5.1f} s  {fault.name}")
+        RESULTS.write_text(json.dumps(dict(sorted(outcomes.items())), indent=2) + "\n")
+        tqdm.write(f"{done['outcome']:8} {done['seconds']:5.1f} s  {fault.name}")
     return {fault.module for fault in todo if fault.tests in red}
 
 
-def report(chosen: Iterable[Fault], outcomes: dict[str, Outcome]) -> float:
+def report(chosen: list[Fault], outcomes: dict[str, dict[str, Any]]) -> float:
     """Print a line for each module and survivor; return the share that was found, in percent."""
     words: dict[str, list[str]] = {}
     for fault in chosen:
-        word = outcomes[fault.name].outcome if fault.name in outcomes else "not planted"
+        word = outcomes.get(fault.name, {}).get("outcome", "not planted")
         words.setdefault(fault.module, []).append(word)
         if word == "survived":
             print(f"survived: {fault.name}")
@@ -188,23 +170,22 @@ def main(arguments: list[str]) -> int:
     every = faults()
     chosen = [fault for fault in every if fault.module.startswith(options.only)]
     if options.list:
-        print("\n".join(fault.name for fault in chosen))
+        print(*(fault.name for fault in chosen), sep="\n")
         return 0
-    os.environ.update(QUIET)
+    os.environ.update(dict.fromkeys(QUIET, "1"))
     sys.dont_write_bytecode = True  # the same second may see two texts of one file
     for library in LIBRARIES:
         importlib.import_module(library)
-    names = {fault.name for fault in every}
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    outcomes = {name: Outcome(**row) for name, row in rows.items() if name in names}
+    written = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    outcomes = {fault.name: written[fault.name] for fault in every if fault.name in written}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_repository(folder)
-        for fault in chosen:
-            if (folder / fault.file).read_text().count(fault.text) != 1:
-                print(f"{fault.name}: '{fault.text}' does not stand once in {fault.file}.")
-                return 2
-        last = {name: outcome.state for name, outcome in outcomes.items()}
+        lost = [f.name for f in chosen if (folder / f.file).read_text().count(f.text) != 1]
+        if lost:
+            print("These faults have no place, or several:", *lost, sep="\n")
+            return 2
+        last = {name: outcome["state"] for name, outcome in outcomes.items()}
         todo = [f for f in chosen if options.all or last.get(f.name) != f.state(folder)]
         red = plant_all(todo, folder, outcomes)
     share = report(chosen, outcomes)
