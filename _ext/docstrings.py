@@ -2,9 +2,11 @@
 
 Authors write formulas as indented blocks, parameters as ``name: what it is`` and code in single
 or double backticks. Sphinx expects reStructuredText, where ``log|det W|`` would be a substitution
-and ``x_`` a link. This extension turns the one into the other.
+and ``x_`` a link. This extension turns the one into the other. Signatures are shown as they are
+written: ``dim: Size``, and not the rule for which Size stands.
 """
 
+import inspect
 import re
 
 HEADER = re.compile(r"[A-Z]\w+:$")
@@ -119,6 +121,24 @@ def process(app, what, name, obj, options, lines) -> None:
         lines[:] = lines[:1]
 
 
+def as_written(app, what, name, obj, options, signature, returned):
+    """The signature with its annotations as they stand in the source."""
+    if not signature or name.split(".")[0] != "nflib":
+        return None
+    try:
+        found = inspect.signature(obj.__init__ if isinstance(obj, type) else obj)
+    except (TypeError, ValueError):
+        return None
+    parameters = [p for key, p in found.parameters.items() if key not in ("self", "cls")]
+    empty = inspect.Signature.empty
+    text = str(found.replace(parameters=parameters, return_annotation=empty))
+    result = None if isinstance(obj, type) or found.return_annotation is empty else returned
+    if result is not None and isinstance(found.return_annotation, str):
+        result = found.return_annotation
+    return re.sub(r": '([^']*)'", r": \1", text), result
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", as_written)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

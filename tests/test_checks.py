@@ -9,6 +9,7 @@ import torch
 from layers import LAYERS
 from torch import Tensor
 
+from nflib.cache import is_traced
 from nflib.checks import (
     AutoregressiveError,
     BatchError,
@@ -20,9 +21,12 @@ from nflib.checks import (
     NormalizationError,
     PrecisionError,
     StateError,
+    VmapError,
     check_autoregressive,
     check_bijection,
+    check_inverse,
     check_normalized,
+    check_vmap,
     randomize_parameters,
 )
 from nflib.core import Bijection, Flow, StandardNormal
@@ -251,3 +255,54 @@ def test_normalized() -> None:
         check_normalized(lambda x: flow.log_prob(x) + 0.05)
     with pytest.raises(ValueError, match="dim to be 1 or 2"):
         check_normalized(flow, dim=3)
+
+
+def test_what_only_float32_shows_is_found() -> None:
+    class Rounded(Diagonal):
+        """Right in float64; in float32 a million leaves no more than six hundredths of x."""
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Pair:
+            z, log_det = super().forward(x)
+            return z + 1e6, log_det
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Pair:
+            return super().inverse(z - 1e6)
+
+    with pytest.raises(InverseError, match="differs from x by .*, allowed is 0.001"):
+        check_bijection(Rounded(3), torch.randn(4, 3))
+
+
+def test_a_row_out_of_an_empty_batch_is_found() -> None:
+    class Padded(Diagonal):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Pair:
+            z, log_det = super().forward(x)
+            return (z if len(z) else z.new_zeros(1, 3)), log_det
+
+    with pytest.raises(BatchError, match="Padded.forward does not return an empty batch for one"):
+        check_bijection(Padded(3), torch.randn(4, 3))
+
+
+def test_a_load_that_takes_nothing_over_is_found() -> None:
+    class Deaf(Diagonal):
+        def _load_from_state_dict(self, *args: object) -> None:
+            pass
+
+    with pytest.raises(StateError, match="changes by .* when its state_dict is loaded"):
+        check_bijection(Deaf(3), torch.randn(4, 3))
+
+
+def test_another_result_under_vmap_is_found() -> None:
+    class Other(Diagonal):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Pair:
+            z, log_det = super().forward(x)
+            return z + is_traced(), log_det
+
+    check_vmap(Diagonal(3), torch.randn(4, 3))
+    with pytest.raises(VmapError, match="Other.forward under vmap differs from the batch by"):
+        check_vmap(Other(3), torch.randn(4, 3))
+
+
+def test_an_inverse_of_nan_is_found() -> None:
+    lost = mutated(inverse=lambda pair: (pair[0] * torch.nan, pair[1]))
+    with pytest.raises(InverseError, match="differs from x by inf"):
+        check_inverse(lost, torch.randn(4, 3))

@@ -269,7 +269,7 @@ def test_too_few_numbers_and_a_network_that_is_none_are_one_sentence() -> None:
         with pytest.raises(ValueError, match=f"^{make.__name__} expects at least 2 numbers"):
             make(1)
     with pytest.raises(ValueError, match="^Coupling expects network to build an nn.Module"):
-        Coupling(halves(4), Affine(), lambda i, o: None)  # type: ignore[arg-type, return-value]
+        Coupling(halves(4), Affine(), lambda i, o: torch.sin)  # type: ignore[arg-type, return-value]
 
 
 def test_a_conditioner_names_one_parameter_of_all_entries_after_the_other() -> None:

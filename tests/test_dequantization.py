@@ -277,3 +277,12 @@ def test_the_logit_refuses_an_alpha_outside_of_its_range() -> None:
     for alpha in (0.0, 0.5, -1.0):
         with pytest.raises(ValueError, match="between 0 and 0.5, got"):
             Logit(alpha)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, torch.inf, torch.nan])
+def test_the_logit_refuses_data_outside_of_its_interval(value: float) -> None:
+    x = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    Logit().check_data(x)
+    x[1, 0] = value
+    with pytest.raises(ValueError, match="^The data of Logit must (lie in|be finite)"):
+        Logit().check_data(x)
