@@ -86,3 +86,20 @@ def test_a_torch_distribution_that_cannot_be_learned_is_one_sentence() -> None:
     counts = Independent(torch.distributions.Poisson(torch.ones(2)), 1)
     with pytest.raises(ArgumentError, match=r"^Flow.rsample expects a base that can be .*reparam"):
         Flow(Compose(), counts).rsample(3)
+
+
+@pytest.mark.parametrize("name", ["covariance_matrix", "precision_matrix", "scale_tril"])
+def test_a_matrix_of_a_normal_base_is_learned_within_its_range(name: str) -> None:
+    start = torch.tensor([[2.0, 0.0], [0.5, 1.0]])
+    start = start if name == "scale_tril" else start @ start.T
+    learned = start.clone().requires_grad_()
+    base = Flow(Diagonal(2), MultivariateNormal(torch.zeros(2), **{name: learned})).base
+    z = torch.randn(5, 2)
+    plain = MultivariateNormal(torch.zeros(2), **{name: start})
+    torch.testing.assert_close(base.log_prob(z), plain.log_prob(z))
+    base.log_prob(z).sum().backward()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            assert parameter.grad is not None
+            parameter.add_(3 * torch.randn_like(parameter))
+    assert torch.isfinite(base.log_prob(z)).all()

@@ -105,7 +105,7 @@ class Held(nn.Module):
                 leaf._is_param = True
                 self.register_parameter(name, leaf)  # type: ignore[arg-type]
             else:
-                free = torch.distributions.biject_to(constraint).inv(leaf.detach())
+                free = _to_range(constraint).inv(leaf.detach())
                 self.ranges[name] = constraint
                 self.register_parameter(name, nn.Parameter(free))
 
@@ -132,7 +132,7 @@ class Held(nn.Module):
             *self.named_buffers(recurse=False),
         ):
             at = self.ranges.get(name)
-            found[name] = tensor if at is None else torch.distributions.biject_to(at)(tensor)
+            found[name] = tensor if at is None else _to_range(at)(tensor)
         for name, inner in self.named_children():
             found[name] = _built(inner)
         if self.template is not None:
@@ -193,6 +193,14 @@ def _arguments(held: Distribution | Transform) -> dict[str, Any]:
             if name not in chosen:
                 del found[name]
     return found
+
+
+def _to_range(constraint: Any) -> Transform:
+    """torch's map from all numbers to those that a constraint allows."""
+    try:
+        return torch.distributions.biject_to(constraint)
+    except NotImplementedError:  # of positive definite matrices, which a triangle makes
+        return torch.distributions.transform_to(constraint)
 
 
 def _is_free(constraint: Any) -> bool:
