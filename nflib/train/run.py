@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +112,18 @@ class Run:
 
     def gradient(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, and the norm of its gradient before that is clipped."""
-        with self.accelerator.autocast():
+        with self._autocast():
             value = self.objective(self.prepared, *batch)
         self.optimizer.zero_grad()
         self.accelerator.backward(value)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return value.detach(), nn.utils.get_total_norm(gradients)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 if it was asked for: torch's own, for accelerate's stays on after an error."""
+        if self.accelerator.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
     def check(self, batch: Sequence[Tensor], value: Tensor, norm: Tensor) -> None:
         """Raise `NonFiniteError` before a step that would spoil the weights.
@@ -198,7 +205,7 @@ class Run:
         was_training = model.training
         model.eval()
         total, count = torch.zeros((), device=self.accelerator.device, dtype=torch.float64), 0
-        with seeded(0), torch.no_grad(), cached(model), self.accelerator.autocast():
+        with seeded(0), torch.no_grad(), cached(model), self._autocast():
             for part in held_out.once():
                 total += self.objective(model, *part).double() * len(part[0])
                 count += len(part[0])
