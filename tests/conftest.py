@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 from hypothesis import settings
+from tape import recorded  # noqa: F401  (a fixture for all)
 
 settings.register_profile("course", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("course")

@@ -452,7 +452,10 @@ def test_non_finite_gradient_stops_before_the_weights() -> None:
         ({"steps": 1, "ema": 1.0}, "fit expects ema to be a number from 0 to below 1"),
         ({"steps": 5, "warmup": 6}, "fit expects a warmup within its 5 steps, got 6."),
         ({"steps": 5, "lr": -1.0}, "fit expects lr to be a number above 0"),
-        ({"steps": 5, "mixed_precision": "fp16"}, "fit expects mixed_precision to be 'no' or"),
+        (
+            {"steps": 5, "mixed_precision": "fp16"},
+            "fit expects mixed_precision to be 'no', 'tf32' or",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_sentence(options: dict[str, Any], message: str) -> None:

@@ -78,6 +78,7 @@ TRAINING = (
     "seed",
     "mixed_precision",
     "compile",
+    "capture",
     "resume",
 )
 # What the command sets from the data, or cannot express.
@@ -126,8 +127,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
     add("--validate-every", type=int, help="steps, by default one epoch")
     add("--patience", type=int, help="validations without a new best after which to stop")
     add("--seed", type=int, default=0)
-    add("--mixed-precision", choices=["bf16"], help="of the conditioners")
+    add("--mixed-precision", choices=["tf32", "bf16"], help="of the matrix products, see fit")
     add("--compile", action="store_true", help="by torch.compile")
+    add(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the step as a CUDA graph, on a GPU",
+    )
     add("--memory", choices=["plain", "reversible"], default="plain", help="see nflib.reversible")
     add("--threads", type=int, help="of the CPU")
     add("--samples", type=int, default=1, help="draws of noise behind a test row's bound")

@@ -1,7 +1,8 @@
 """Where the batches of a run come from: tensors, a data set, a stream, or nowhere.
 
 The order of the rows is a function of seed and epoch alone, so that a resumed run finds its place.
-All processes see the same batches, and each takes its share of them.
+All processes see the same batches, and each takes its share of them. Of rows in memory a step is
+given the numbers and gathers the rows itself, on the device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -52,6 +53,13 @@ class Target:
         return rows[self.process :: self.processes] if self.processes > 1 else rows
 
 
+class Drawn(NamedTuple):
+    """What a step is called with, and the numbers of its rows in the data if they have any."""
+
+    inputs: list[Tensor]
+    numbers: Tensor | None = None
+
+
 class NoRows:
     """No data: every batch is empty, and ``loss(model)`` draws for itself."""
 
@@ -60,9 +68,13 @@ class NoRows:
     batch_size: int | None = None
     name = "no data"
 
-    def batches(self, step: int) -> Iterator[list[Tensor]]:
+    def batches(self, step: int) -> Iterator[Drawn]:
         """This process's share of all batches from that step on, without an end."""
-        return itertools.repeat([])
+        return itertools.repeat(Drawn([]))
+
+    def batch(self, *inputs: Tensor) -> list[Tensor]:
+        """The tensors of a batch, from what `batches` gives as inputs."""
+        return list(inputs)
 
     def first(self) -> list[Tensor]:
         """FIRST_ROWS rows, or a batch if that is more, or all; the same ones in all processes."""
@@ -83,9 +95,11 @@ class NoRows:
         """All rows once, in batches; each process gets others."""
         return iter([])
 
-    def place(self, row: int) -> str:
-        """Where a row of the latest batch is from, in words."""
-        return f"row {row} of the batch"
+    def place(self, drawn: Drawn, row: int) -> str:
+        """Where a row of a batch is from, in words."""
+        if drawn.numbers is None:
+            return f"row {row} of the batch"
+        return f"row {int(drawn.numbers[row])} of {self.name}"
 
 
 class TensorRows(NoRows):
@@ -110,21 +124,27 @@ class TensorRows(NoRows):
 
     def take(self, index: Tensor) -> list[Tensor]:
         """Rows by their numbers, on the device."""
-        return [tensor[index] for tensor in self.tensors]
+        return [tensor.index_select(0, index) for tensor in self.tensors]
+
+    def draw(self, index: Tensor) -> Drawn:
+        """What a step is called with for these rows."""
+        return Drawn([index], index)
+
+    def batch(self, *inputs: Tensor) -> list[Tensor]:
+        return self.take(*inputs)
 
     def order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of_epoch(self.seed, epoch))
         return torch.randperm(self.rows, generator=generator).to(self.device)
 
-    def batches(self, step: int) -> Iterator[list[Tensor]]:
+    def batches(self, step: int) -> Iterator[Drawn]:
         self.target.check(self.batch_size)
         first_epoch, position = divmod(step, self.per_epoch)
         for epoch in itertools.count(first_epoch):
             order = self.order(epoch)
             for k in range(position, self.per_epoch):
                 rows = order[k * self.batch_size : (k + 1) * self.batch_size]
-                self.index = self.target.share(rows)
-                yield self.take(self.index)
+                yield self.draw(self.target.share(rows))
             position = 0
 
     def first(self) -> list[Tensor]:
@@ -138,9 +158,6 @@ class TensorRows(NoRows):
             max(self.batch_size, VALIDATED_AT_ONCE)
         )
         return map(self.take, parts[self.target.process :: self.target.processes])
-
-    def place(self, row: int) -> str:
-        return f"row {int(self.index[row])} of {self.name}"
 
 
 class ItemRows(TensorRows):
@@ -158,6 +175,12 @@ class ItemRows(TensorRows):
     def take(self, index: Tensor) -> list[Tensor]:
         batch = default_collate([self.items[i] for i in index.tolist()])
         return self.target.move(as_tensors(batch, self.name))
+
+    def draw(self, index: Tensor) -> Drawn:
+        return Drawn(self.take(index), index)
+
+    def batch(self, *inputs: Tensor) -> list[Tensor]:
+        return list(inputs)
 
 
 class Stream(NoRows):
@@ -184,7 +207,7 @@ class Stream(NoRows):
             raise ValueError(f"fit expects {self.name} that gives batches, got none from it.")
         return iterator, batch, skipped
 
-    def batches(self, step: int) -> Iterator[list[Tensor]]:
+    def batches(self, step: int) -> Iterator[Drawn]:
         first_epoch, skip = divmod(step, self.per_epoch) if self.per_epoch else (0, step)
         for epoch in itertools.count(first_epoch):
             iterator, batch, skipped = self.start(epoch, skip)
@@ -192,7 +215,7 @@ class Stream(NoRows):
             while batch is not None:
                 tensors = as_tensors(batch, self.name)
                 self.target.check(len(tensors[0]))
-                yield self.target.move([self.target.share(t) for t in tensors])
+                yield Drawn(self.target.move([self.target.share(t) for t in tensors]))
                 batch = next(iterator, None)
 
     def first(self) -> list[Tensor]:

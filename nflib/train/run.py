@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,18 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nflib import checkpoints
 from nflib.cache import cached
+from nflib.graphs import Replayed
 from nflib.train.diagnosis import NonFiniteError, diagnose
-from nflib.train.rows import NoRows
+from nflib.train.rows import Drawn, NoRows
+from nflib.train.step import Loss, Step
 from nflib.train.surroundings import seeded, start_random
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Loss = Callable[..., Tensor]
+# Steps between two looks at whether all is finite, where a look makes the host wait for the device.
+LOOK_EVERY = 10
+
+
+class GraphWarning(UserWarning):
+    """A training step on a GPU is not replayed as a CUDA graph; the message says why."""
 
 
 @dataclass
@@ -74,23 +82,33 @@ class Run:
         accelerator: Accelerator,
         objective: Loss,
         checkpoint: str | Path | None,
-        clip: float,
     ) -> None:
         self.model, self.rows, self.accelerator = model, rows, accelerator
-        self.objective, self.checkpoint, self.clip = objective, checkpoint, clip
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.average: AveragedModel | None = None
+        self.objective, self.checkpoint = objective, checkpoint
         self.best: dict[str, Tensor] = {}
         self.progress = Progress()
-        self.loss_sum: Tensor | float = 0.0
+        # What the last steps were called with: one of them may have gone wrong.
+        self.recent: deque[Drawn] = deque(maxlen=LOOK_EVERY)
         self.saved = time.monotonic()
 
     def begin(
-        self, weight_decay: float, ema: float | None, seed: int, resume: bool, compile: bool
+        self,
+        *,
+        weight_decay: float,
+        clip: float,
+        ema: float | None,
+        seed: int,
+        resume: bool,
+        compile: Callable[[Any], Any],
+        capture: bool,
     ) -> None:
-        """Start afresh or from the checkpoint; then accelerate takes model and optimizer over."""
+        """Start afresh or from the checkpoint; then accelerate takes model and optimizer over.
+
+        Args:
+            compile: what is put around the model that the loss calls.
+            capture: record the step where the device has graphs.
+        """
         self.identity = {"seed": seed, "batch_size": self.rows.batch_size, "rows": self.rows.rows}
-        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=True)
         # Only the main process knows for sure, for it is the one that writes.
         is_there = self.checkpoint is not None and Path(self.checkpoint).is_file()
         is_fresh = not (resume and self.everywhere([is_there])[0])
@@ -98,26 +116,26 @@ class Run:
         initialize = getattr(self.model, "initialize", None)
         if first and initialize is not None:
             initialize(*first[:2])
-        if ema is not None:
-            average = get_ema_multi_avg_fn(ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=average)
+        self.step = Step(
+            self.model,
+            self.objective,
+            take=self.rows.batch,
+            weight_decay=weight_decay,
+            clip=clip,
+            ema=ema,
+            autocast=self._autocast,
+        )
         if not is_fresh:
             self._restore()
         # Here all processes get the main one's parameters and buffers, whatever noise each drew.
-        self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if compile:
-            self.prepared = torch.compile(self.prepared)
+        prepared, optimizer = self.accelerator.prepare(self.model, self.step.adam)
+        several = self.accelerator.num_processes > 1
+        self.step.prepared(
+            compile(prepared), optimizer, self.accelerator.backward, self._any if several else None
+        )
+        self.replayed = Replayed(self.step, self.accelerator.device, capture and not several)
         self.started = time.monotonic() - self.progress.seconds
         self.model.train()
-
-    def gradient(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss, and the norm of its gradient before that is clipped."""
-        with self._autocast():
-            value = self.objective(self.prepared, *batch)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(value)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return value.detach(), nn.utils.get_total_norm(gradients)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 if it was asked for: torch's own, for accelerate's stays on after an error."""
@@ -125,33 +143,49 @@ class Run:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
-    def check(self, batch: Sequence[Tensor], value: Tensor, norm: Tensor) -> None:
-        """Raise `NonFiniteError` before a step that would spoil the weights.
+    def _any(self, flag: Tensor) -> Tensor:
+        """Whether it is so in any of the processes."""
+        return self.accelerator.gather(flag.reshape(1)).any()
 
-        Each step on the CPU, where reading a number costs nothing, elsewhere each tenth.
-        """
-        if value.device.type != "cpu" and self.progress.step % 10:
-            return
-        loss = float(value)
-        if all(map(math.isfinite, self.everywhere([loss, float(norm)]))):
-            return
-        text, row = diagnose(self.model, self.objective, batch, loss, self.rows.place)
-        kept = f"; the last good state is in {self.checkpoint}" if self.checkpoint else ""
-        raise NonFiniteError(
-            f"The training stopped at step {self.progress.step} on {text}{kept}.", batch, row
-        )
-
-    def step(self, lr: float, value: Tensor, norm: Tensor) -> None:
-        nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+    def advance(self, drawn: Drawn, lr: float) -> None:
+        """One step, and a look whether it can go on like this."""
+        self.step.rate.fill_(lr)
+        self.recent.append(drawn)
+        self.replayed(*drawn.inputs)
         at = self.progress
-        # Summed on the device: reading it at every step would make the device wait.
-        self.loss_sum = self.loss_sum + value.double()
         at.step, at.loss_count = at.step + 1, at.loss_count + 1
+        if self.step.looks or at.step % LOOK_EVERY == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Raise `NonFiniteError` if a loss or a gradient was not finite; no weight has changed."""
+        since = int(self.step.spoilt)
+        if since == 0:
+            return
+        drawn = self.recent[-min(since, len(self.recent))]
+        batch = self.rows.batch(*drawn.inputs)
+        loss = self.step.last_loss()
+        if loss is None:
+            loss = float(self.step.gradient(*batch)[0])
+
+        def place(row: int) -> str:
+            return self.rows.place(drawn, row)
+
+        text, row = diagnose(self.model, self.objective, batch, loss, place)
+        kept = f"; the last good state is in {self.checkpoint}" if self.checkpoint else ""
+        step = self.progress.step - since
+        raise NonFiniteError(f"The training stopped at step {step} on {text}{kept}.", batch, row)
+
+    def say_obstacle(self) -> None:
+        """Why the step is not replayed where it could be, once."""
+        if self.replayed.obstacle is not None:
+            warnings.warn(
+                f"fit trains without a CUDA graph, which would be faster: of the training step, "
+                f"{self.replayed.obstacle}.",
+                GraphWarning,
+                stacklevel=4,
+            )
+            self.replayed.obstacle = None
 
     def tick(self, is_shared: bool) -> None:
         """Read the clock; processes that stop by it read the main one's."""
@@ -168,6 +202,7 @@ class Run:
     def measure(self, lr: float, held_out: NoRows | None) -> None:
         """Add a record of the steps since the last one, validate, and save."""
         at = self.progress
+        self.look()
         self._settle_loss()
         means = self.everywhere([at.loss_sum / at.loss_count])
         record = {
@@ -189,23 +224,23 @@ class Run:
         """Running statistics, which each process gathers on its rows, become the main one's."""
         from accelerate.utils import broadcast
 
-        for module in (self.model, self.average):
-            for buffer in module.buffers() if module is not None else ():
-                broadcast(buffer)
+        for buffer in self.model.buffers():
+            broadcast(buffer)
 
     def _settle_loss(self) -> None:
-        at = self.progress
-        at.loss_sum, self.loss_sum = at.loss_sum + float(self.loss_sum), 0.0
+        self.progress.loss_sum += float(self.step.loss_sum)
+        self.step.loss_sum.zero_()
 
     def _validate(self, held_out: NoRows) -> float:
         """Mean loss on held-out rows; its random numbers are the same at every validation."""
         at = self.progress
         # The averaged weights are judged if there are any.
-        model = self.model if self.average is None else self.average.module
+        model = self.step.refresh()
         was_training = model.training
         model.eval()
         total, count = torch.zeros((), device=self.accelerator.device, dtype=torch.float64), 0
-        with seeded(0), torch.no_grad(), cached(model), self._autocast():
+        as_it_is = torch.compiler.set_stance("force_eager")
+        with seeded(0), torch.no_grad(), cached(model), self._autocast(), as_it_is:
             for part in held_out.once():
                 total += self.objective(model, *part).double() * len(part[0])
                 count += len(part[0])
@@ -225,13 +260,13 @@ class Run:
             return
         if time.monotonic() - self.saved < at_least_after:
             return
+        self.look()
         self._settle_loss()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"ema.{k}": v for k, v in self.average.module.state_dict().items()}
-            tensors["averaged"] = self.average.n_averaged
+        if self.step.average is not None:
+            tensors |= {f"ema.{k}": v for k, v in self.step.refresh().state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
+        for i, state in self.step.adam.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         tensors |= {f"rng.{k}": v for k, v in checkpoints.rng_state().items()}
         meta = {"run": self.identity, "progress": asdict(self.progress)}
@@ -250,17 +285,17 @@ class Run:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         checkpoints.load_state(self.model, part("model"), self.checkpoint)
-        if self.average is not None:
-            self.average.module.load_state_dict(part("ema") or part("model"))
-            self.average.n_averaged.copy_(tensors.get("averaged", torch.tensor(0)))
+        if self.step.average is not None:
+            self.step.average.load_state_dict(part("ema") or part("model"))
         self.best = {k: v.to(self.accelerator.device) for k, v in part("best").items()}
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in part("optimizer").items():
             i, name = key.split(".")
             states.setdefault(int(i), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        groups = self.step.adam.state_dict()["param_groups"]
+        self.step.adam.load_state_dict({"state": states, "param_groups": groups})
         self.progress = at = Progress(**meta["progress"])
+        self.step.is_first = at.step == 0
         checkpoints.set_rng_state(part("rng"))
         if not self.accelerator.is_main_process:
             # Only the main one's state is stored; no two processes may draw the same noise.
@@ -283,6 +318,6 @@ class Run:
         """Leave the model with the weights that were judged best, the same in all processes."""
         if self.best:
             self.model.load_state_dict(self.best)
-        elif self.average is not None:
-            self.model.load_state_dict(self.average.module.state_dict())
+        elif self.step.average is not None:
+            self.model.load_state_dict(self.step.refresh().state_dict())
         self.model.eval()

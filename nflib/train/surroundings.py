@@ -46,6 +46,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def matrix_precision(name: str | None) -> Iterator[None]:
+    """Inside of the block float32 matrix products round their factors to tf32 if that is its name.
+
+    Only GPUs that have it do so. Every other name leaves torch's settings as they are.
+    """
+    if name != "tf32":
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
 def kept_random_state() -> Iterator[None]:
     """What is drawn inside of the block leaves the numbers that are drawn after it as they are."""
     python, arrays, tensors = random.getstate(), numpy.random.get_state(), checkpoints.rng_state()

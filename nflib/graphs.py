@@ -1,0 +1,196 @@
+"""Work that a GPU replays: CUDA graphs, recorded once from an ordinary function.
+
+A small model leaves a GPU idle: starting a kernel costs the CPU some ten microseconds, running it
+often less. A CUDA graph is a list of kernels with all of their addresses, which the GPU goes
+through by itself after one start:
+
+    step = Replayed(function, device)        step(batch) runs, records, and from then on replays
+
+What a graph asks of the function: every call does the same operations on the same memory. What
+changes from call to call is written into tensors, never a number of Python's; nothing is read
+back, for the recording has no values to read; random numbers come from the device's generator,
+which goes on from replay to replay as it does from call to call.
+
+On a CPU, and with a function that cannot be recorded, the function itself is called each time.
+CUDA graphs in torch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Takes a function without arguments; returns what runs it again, and what it returned.
+Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+# Calls before the recording: what is made at the first use of a kernel must be there by then.
+WARM_UP = 3
+
+READS = set(
+    "_local_scalar_dense is_nonzero equal nonzero nonzero_numpy masked_select bincount histc "
+    "unique _unique2 unique_dim unique_consecutive".split()
+)
+# With an operand on the device they need a value of it to know how much memory to ask for.
+INDEXING = ("index", "index_put", "index_put_", "_unsafe_index")
+
+
+class Replayed:
+    """A function of tensors that is recorded as a CUDA graph and replayed.
+
+    The first `WARM_UP` calls run the function as it is; they are ordinary calls, nothing is done
+    twice. The next one records it, and that call and all later ones replay the recording: their
+    arguments are copied to where the recording reads, and what it returns stands in the same
+    tensors each time, valid until the next call. A call with other shapes runs the function as it
+    is. The function may change tensors that it holds; memory that it allocates for good must be
+    allocated within the first calls.
+
+    Args:
+        function: of tensors, with any result; it returns the same structure each time.
+        device: what it runs on; only CUDA devices have graphs.
+        enabled: False never records.
+
+    Attributes:
+        obstacle: why the function is not recorded, in words, or None.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], device: torch.device, enabled: bool = True
+    ) -> None:
+        self.function = function
+        self.record = recorder_for(device) if enabled else None
+        self.obstacle: str | None = None
+        self.calls = 0
+        self.replay: Callable[[], None] | None = None
+        self.inputs: list[Tensor] = []
+        self.result: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.record is None:
+            return self.function(*inputs)
+        if self.replay is not None:
+            if not self._fit(inputs):
+                return self.function(*inputs)
+        elif self.calls < WARM_UP:
+            return self._warm_up(inputs)
+        else:
+            self._record(inputs)
+            if self.replay is None:
+                return self.function(*inputs)
+        for held, new in zip(self.inputs, inputs, strict=True):
+            held.copy_(new)
+        self.replay()
+        return self.result
+
+    def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
+        return len(inputs) == len(self.inputs) and all(
+            held.shape == new.shape and held.dtype == new.dtype
+            for held, new in zip(self.inputs, inputs, strict=True)
+        )
+
+    def _warm_up(self, inputs: tuple[Tensor, ...]) -> Any:
+        self.calls += 1
+        if self.calls < WARM_UP:
+            with beside():
+                return self.function(*inputs)
+        # A recording that fails leaves the device in disorder: what would stop it is found before.
+        with HostReads() as reads, beside():
+            result = self.function(*inputs)
+        if reads.found:
+            self.record, self.obstacle = None, f"it reads a value back ({reads.found[0]})"
+        return result
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        assert self.record is not None
+        self.inputs = [new.clone() for new in inputs]
+        try:
+            self.replay, self.result = self.record(lambda: self.function(*self.inputs))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            self.record, self.obstacle = None, f"it cannot be recorded ({reason})"
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """How to record on a device, or None where there are no graphs."""
+    return record_on_gpu if device.type == "cuda" else None
+
+
+def record_on_gpu(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """The kernels that a function starts, as a graph; it is run once without computing anything."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, which load data or watch the device, may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+    return graph.replay, result
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """On a stream of its own, as calls before a recording should be; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes what makes the host wait for a device: values read back, sizes that depend on values.
+
+    It sees what torch computes on a CPU as well, where reading costs nothing: what it finds there
+    would wait on a GPU.
+
+    Attributes:
+        found: each as words, ``"item in loss, train.py line 12"``, with the line of the caller.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in READS or self._by_mask(name, args) or self._leaves(name, args, kwargs):
+            self.found.append(f"{_WORDS.get(name, name)} in {_caller()}")
+        return func(*args, **kwargs)
+
+    def _by_mask(self, name: str, args: tuple[Any, ...]) -> bool:
+        if name not in INDEXING:
+            return name == "repeat_interleave" and len(args) == 1
+        indices = [index for index in args[1] if isinstance(index, Tensor)]
+        return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+    def _leaves(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a tensor is copied from an accelerator to the CPU."""
+        target = kwargs.get("device")
+        if name != "_to_copy" or target is None:
+            return False
+        return torch.device(target).type == "cpu" and args[0].device.type != "cpu"
+
+
+_WORDS = {
+    "_local_scalar_dense": "a number read from a tensor",
+    "_to_copy": "a copy to the CPU",
+    "index": "indexing by a mask",
+    "index_put_": "writing by a mask",
+}
+
+
+def _caller() -> str:
+    """The innermost line that is not torch's own or this file's."""
+    for frame in reversed(traceback.extract_stack()):
+        path = frame.filename.replace("\\", "/")
+        if "/torch/" not in path and path != __file__.replace("\\", "/"):
+            return f"{frame.name}, {path.rsplit('/', 1)[-1]} line {frame.lineno}"
+    return "torch"

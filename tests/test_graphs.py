@@ -1,0 +1,131 @@
+"""Functions that are recorded and replayed: on tape here, as CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nflib.graphs import WARM_UP, HostReads, Replayed
+
+CPU = torch.device("cpu")
+
+
+class Walk:
+    """A random walk of numbers, which all stand in tensors."""
+
+    def __init__(self) -> None:
+        self.x = torch.zeros(3)
+        self.python_calls = 0
+
+    def step(self, push: Tensor) -> Tensor:
+        self.python_calls += 1
+        noise = torch.randn(3)
+        self.x.add_(noise).add_(push)
+        self.x[:1] *= 2
+        return self.x.cos() + noise
+
+
+def test_replays_go_on_as_calls_would(recorded: list[object]) -> None:
+    walk, plain = Walk(), Walk()
+    step = Replayed(walk.step, CPU)
+    results = []
+    torch.manual_seed(0)
+    for k in range(8):
+        results.append(step(torch.full((3,), float(k))).clone())
+    torch.manual_seed(0)
+    expected = [plain.step(torch.full((3,), float(k))) for k in range(8)]
+    assert torch.equal(torch.stack(results), torch.stack(expected))
+    assert torch.equal(walk.x, plain.x)
+    assert walk.python_calls == WARM_UP + 1
+    assert len(recorded) == 1
+    assert step.obstacle is None
+
+
+def test_a_number_of_python_is_baked_in(recorded: list[object]) -> None:
+    """The tape is as strict as a graph: else the test above would show nothing."""
+    numbers = iter(range(100))
+    total = torch.zeros(())
+    step = Replayed(lambda: total.add_(next(numbers)), CPU)
+    for _ in range(WARM_UP + 4):
+        step()
+    assert total.item() == sum(range(WARM_UP)) + 4 * WARM_UP
+
+
+def test_training_through_a_recording_equals_the_plain_loop(recorded: list[object]) -> None:
+    def losses(replayed: bool) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.01), fused=True)
+
+        def step(x: Tensor) -> Tensor:
+            loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        run = Replayed(step, CPU) if replayed else step
+        return torch.stack([run(torch.randn(16, 4)).clone() for _ in range(20)])
+
+    assert torch.equal(losses(replayed=True), losses(replayed=False))
+    assert len(recorded) == 1
+
+
+def test_other_shapes_run_as_they_are(recorded: list[object]) -> None:
+    double = Replayed(lambda x: 2 * x, CPU)
+    for k in range(WARM_UP + 2):
+        assert double(torch.full((2,), float(k))).tolist() == [2.0 * k] * 2
+    assert double(torch.ones(5)).tolist() == [2.0] * 5
+    assert double(torch.ones(2)).tolist() == [2.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "words"),
+    [
+        ("item", lambda x: x * x.sum().item(), "a number read from a tensor in"),
+        ("branch", lambda x: x if x.sum() > 0 else -x, "a number read from a tensor in"),
+        ("mask", lambda x: x[x > 0], "indexing by a mask in"),
+        ("nonzero", lambda x: x.nonzero(), "nonzero in"),
+        ("equal", lambda x: torch.equal(x, x.clone()), "equal in"),
+        ("in place", lambda x: x.clone().masked_fill_(x > 0, 0)[x > 0].zero_(), "indexing by"),
+    ],
+)
+def test_what_reads_a_value_is_not_recorded_and_says_where(
+    recorded: list[object], name: str, function: object, words: str
+) -> None:
+    run = Replayed(function, CPU)  # type: ignore[arg-type]
+    for _ in range(WARM_UP + 2):
+        run(torch.ones(3))
+    assert recorded == []
+    assert run.obstacle is not None
+    assert words in run.obstacle
+    assert "test_graphs.py line" in run.obstacle
+
+
+def test_what_reads_no_value_has_no_reads() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    with HostReads() as reads:
+        y = torch.where(x > 0, x, 0).index_select(0, torch.tensor([0, 2])).sum()
+        y.backward()
+    assert reads.found == []
+
+
+def test_a_recording_that_fails_is_given_up_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(function: object) -> None:
+        raise RuntimeError("CUDA error: operation not permitted\nand more")
+
+    monkeypatch.setattr("nflib.graphs.recorder_for", lambda device: fail)
+    run = Replayed(lambda x: 2 * x, CPU)
+    for _ in range(WARM_UP + 2):
+        assert run(torch.ones(1)).item() == 2
+    assert run.obstacle == "it cannot be recorded (CUDA error: operation not permitted)"
+
+
+def test_without_graphs_the_function_is_called() -> None:
+    walk = Walk()
+    for _ in range(2):
+        assert Replayed(walk.step, CPU)(torch.zeros(3)).shape == (3,)
+    assert walk.python_calls == 2
