@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import machine
 from nflib import models
 from nflib.core import Flow
+from nflib.prepared import Prepared
 
 RESULT = machine.ROOT / "results" / "kernels.json"
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
@@ -68,11 +69,12 @@ def counted(make: Callable[[int], Flow], layers: int) -> Counter[str]:
     flow = make(layers)
     x = data(flow)
     flow.initialize(x)
-    gradient(flow, x)  # what is done once is done
+    prepared = Prepared(flow)
+    gradient(flow, x, prepared)  # what is done once is done
     for parameter in flow.parameters():
         parameter.grad = None
     with Kernels() as kernels:
-        gradient(flow, x)
+        gradient(flow, x, prepared)
     return kernels.counts
 
 
@@ -84,8 +86,10 @@ def data(flow: Flow) -> Tensor:
     return torch.randn(16, *shape)  # type: ignore[arg-type]
 
 
-def gradient(flow: Flow, x: Tensor) -> None:
-    (-flow(x).mean()).backward()
+def gradient(flow: Flow, x: Tensor, prepared: Prepared) -> None:
+    with prepared():
+        loss = -flow(x).mean()
+    loss.backward()
 
 
 def a_layer(make: Callable[[int], Flow]) -> Counter[str]:

@@ -27,6 +27,9 @@ from nflib.arguments import checked
 # What is kept for each module of the models that `cached` was given; None outside of any block.
 _kept: ContextVar[dict[nn.Module, dict[str, Tensor]] | None] = ContextVar("kept", default=None)
 
+# What `nflib.prepared` has made for modules, with gradients; None outside of any block.
+_ready: ContextVar[dict[nn.Module, Any] | None] = ContextVar("ready", default=None)
+
 
 @checked
 @contextmanager
@@ -53,6 +56,9 @@ def kept(method: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     def run(module: nn.Module) -> Tensor:
         if is_traced():
             return method(module)
+        made = _ready.get()
+        if made is not None and module in made:
+            return made[module]
         stores = _kept.get()
         store = None if stores is None or torch.is_grad_enabled() else stores.get(module)
         if store is None:
@@ -62,6 +68,31 @@ def kept(method: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         return store[name]
 
     return run
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """Inside of the block nothing is taken from what is kept: a recording needs its own."""
+    token = _kept.set(None)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+@contextmanager
+def ready(made: dict[nn.Module, Any]) -> Iterator[None]:
+    """Inside of the block these modules find what they need of their parameters."""
+    token = _ready.set(made)
+    try:
+        yield
+    finally:
+        _ready.reset(token)
+
+
+def made_ready() -> dict[nn.Module, Any] | None:
+    """What `ready` was given, or None; a compiler, which arranges all of it itself, sees none."""
+    return None if is_traced() else _ready.get()
 
 
 def is_traced() -> bool:

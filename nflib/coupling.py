@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nflib import precision
 from nflib.arguments import ArgumentError, Positive, Size, checked, show
 from nflib.core import Bijection, EventShape, ShapeError, sum_log_det
+from nflib.core.values import within
 from nflib.elementwise import Elementwise
 
 # Builds a conditioner for so many inputs and outputs: a class of nflib.nets, or a partial of one.
@@ -233,6 +235,7 @@ class Coupling(Bijection):
                 "Coupling expects network to build an nn.Module from its numbers of inputs and "
                 f"outputs, got {show(self.conditioner)} from it."
             )
+        self.is_wide = precision.is_wide(precision.matrices_of(self.conditioner))
         self.event_shape = mask.event_shape
         self.context_shape = getattr(self.conditioner, "context_shape", None)
         self.exact_inverse = elementwise.exact_inverse
@@ -254,11 +257,12 @@ class Coupling(Bijection):
     def theta(self, kept: Tensor, context: Tensor | None) -> Tensor:
         """What the conditioner makes of the kept part, ``(batch, count, *moved)``.
 
-        The conditioner's bfloat16, if any, ends here.
+        The conditioner's bfloat16, if any, ends here, see `nflib.precision`.
         """
         net, count = self.conditioner, self.elementwise.count
-        seen = kept if math.isinf(self.limit) else kept.clamp(-self.limit, self.limit)
-        raw = net(seen) if self.context_shape is None else net(seen, context)
+        seen = within(kept, self.limit)
+        with precision.of_network(self.is_wide, kept):
+            raw = net(seen) if self.context_shape is None else net(seen, context)
         n, outputs, *rest = kept.shape[0], self.mask.outputs, *kept.shape[2:]
         if not isinstance(raw, Tensor) or raw.shape != (n, count * outputs, *rest):
             raise ShapeError(

@@ -90,7 +90,7 @@ class Softmax(Head):
 
     def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
         cdf = self.log_probs(parameters).exp().cumsum(2)[:, :, :-1]
-        return (u.unsqueeze(2) >= cdf).sum(2).to(parameters.dtype)
+        return (u.unsqueeze(2) >= cdf).sum(2, dtype=parameters.dtype)
 
     def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
         """``P(x)^(1/T)``, normalised."""
@@ -178,17 +178,19 @@ class LogisticMixture(Head):
     def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
         log_weights, means, log_scales, links = self.unpack(parameters)
         cdf = log_weights.exp().cumsum(1)[:, :-1]
-        index = (u[:, :1] >= cdf).sum(1, keepdim=True)
+        index = (u[:, :1] >= cdf).sum(1, keepdim=True).unsqueeze(1)
 
         def chosen(values: Tensor) -> Tensor:
-            return values.gather(1, index).squeeze(1)
+            return values.gather(2, index.expand(-1, values.shape[1], *index.shape[2:]))
 
         tiny = torch.finfo(u.dtype).tiny
         noise = u[:, 1:].clamp_min(tiny).log() - (-u[:, 1:]).log1p()
+        means, spread = chosen(means), chosen(log_scales).exp() * noise.unsqueeze(2)
+        links = chosen(links) if self.links else links
         drawn: list[Tensor] = []
         for channel in range(self.channels):
-            mean = chosen(self._mean(channel, means, links, [self.scaled(d) for d in drawn]))
-            value = mean + chosen(log_scales[:, channel]).exp() * noise[:, channel]
+            mean = self._mean(channel, means, links, [self.scaled(d) for d in drawn])
+            value = (mean + spread[:, channel]).squeeze(1)
             level = torch.round((value + 1) * (self.levels - 1) / 2)
             drawn.append(level.clamp(0, self.levels - 1))
         return torch.stack(drawn, 1).to(parameters.dtype)

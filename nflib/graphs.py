@@ -18,13 +18,17 @@ CUDA graphs in torch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from nflib.arguments import checked
+from nflib.cache import fresh, is_traced
 
 # Takes a function without arguments; returns what runs it again, and what it returned.
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
@@ -43,7 +47,7 @@ INDEXING = ("index", "index_put", "index_put_", "_unsafe_index")
 class Replayed:
     """A function of tensors that is recorded as a CUDA graph and replayed.
 
-    The first `WARM_UP` calls run the function as it is; they are ordinary calls, nothing is done
+    The first calls run the function as it is; they are ordinary calls, nothing is done
     twice. The next one records it, and that call and all later ones replay the recording: their
     arguments are copied to where the recording reads, and what it returns stands in the same
     tensors each time, valid until the next call. A call with other shapes runs the function as it
@@ -54,15 +58,20 @@ class Replayed:
         function: of tensors, with any result; it returns the same structure each time.
         device: what it runs on; only CUDA devices have graphs.
         enabled: False never records.
+        warm_up: calls before the recording.
 
     Attributes:
         obstacle: why the function is not recorded, in words, or None.
     """
 
     def __init__(
-        self, function: Callable[..., Any], device: torch.device, enabled: bool = True
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        enabled: bool = True,
+        warm_up: int = WARM_UP,
     ) -> None:
-        self.function = function
+        self.function, self.warm_up = function, warm_up
         self.record = recorder_for(device) if enabled else None
         self.obstacle: str | None = None
         self.calls = 0
@@ -76,7 +85,7 @@ class Replayed:
         if self.replay is not None:
             if not self._fit(inputs):
                 return self.function(*inputs)
-        elif self.calls < WARM_UP:
+        elif self.calls < self.warm_up:
             return self._warm_up(inputs)
         else:
             self._record(inputs)
@@ -95,7 +104,7 @@ class Replayed:
 
     def _warm_up(self, inputs: tuple[Tensor, ...]) -> Any:
         self.calls += 1
-        if self.calls < WARM_UP:
+        if self.calls < self.warm_up:
             with beside():
                 return self.function(*inputs)
         # A recording that fails leaves the device in disorder: what would stop it is found before.
@@ -113,6 +122,55 @@ class Replayed:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             self.record, self.obstacle = None, f"it cannot be recorded ({reason})"
+
+
+# The loops that are recorded within `captured`, by what they belong to; None outside of it.
+_loops: ContextVar[dict[Hashable, Replayed | None] | None] = ContextVar("loops", default=None)
+
+
+@checked
+@contextmanager
+def captured(model: nn.Module) -> Iterator[None]:
+    """Inside of the block the model's inverses that go number by number are replayed on a GPU.
+
+        with captured(maf), torch.no_grad():
+            samples = torch.cat([maf.sample(256) for _ in range(40)])
+
+    Such an inverse (of a `nflib.autoregressive.MaskedAutoregressive`) starts D times as many
+    kernels as a forward pass. The first call for a batch size runs as it is, the second records
+    it, all later ones replay. Parameters may change in place within the block; with gradients, and
+    on a CPU, nothing is recorded. The samplers of PixelCNN and WaveNet need no such block: they
+    replay their steps within one call.
+    """
+    token = _loops.set(dict.fromkeys(model.modules()))
+    try:
+        yield
+    finally:
+        _loops.reset(token)
+
+
+def replayed(owner: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """``function(*inputs)``, without gradients replayed if the owner is in a `captured` model."""
+    loops = None if is_traced() or torch.is_grad_enabled() else _loops.get()
+    if loops is None or owner not in loops:
+        return function(*inputs)
+    key = (owner, function.__name__, *((i.shape, i.dtype, i.device) for i in inputs))
+    loop = loops.get(key)
+    if loop is None:
+        loop = loops[key] = Replayed(_apart(function), inputs[0].device, warm_up=1)
+    result = loop(*inputs)
+    # What a replay returns is overwritten by the next.
+    return tuple(part.clone() for part in result)
+
+
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with matrices of its own, for those that are kept may go before it does."""
+
+    def run(*inputs: Tensor) -> Any:
+        with fresh():
+            return function(*inputs)
+
+    return run
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -269,8 +269,7 @@ class LU(Linear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The triangular factors (L, U), each ``(dim, dim)``."""
-        diagonal = self.sign * self.packed.diagonal().exp()
-        return self.packed.tril(-1), torch.diagonal_scatter(self.packed.triu(), diagonal)
+        return factors(self.packed, self.sign)
 
     @kept
     def weight(self) -> Tensor:
@@ -285,6 +284,13 @@ class LU(Linear):
         y = rhs.index_select(1, self.inverse_order)
         y = solve_triangle(lower, y, upper=False, unitriangular=True)
         return solve_triangle(upper, y, upper=True)
+
+
+def factors(packed: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """L without its ones and U of an `LU`, or of a stack of them, ``(..., dim, dim)`` each."""
+    diagonal = sign * packed.diagonal(dim1=-2, dim2=-1).exp()
+    upper = torch.diagonal_scatter(packed.triu(), diagonal, dim1=-2, dim2=-1)
+    return packed.tril(-1), upper
 
 
 class Permutation(Bijection):

@@ -459,3 +459,15 @@ def test_the_affine_scale_is_a_bounded_tanh(bound: float) -> None:
     _, s = Affine(bound).forward(torch.zeros(200), torch.stack([a, t]).unsqueeze(0))
     exact = bound * torch.tanh(a.double() / bound)
     torch.testing.assert_close(s[0].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bound", [3.0, 40.0])
+def test_the_affine_map_has_the_gradients_of_its_formula(bound: float) -> None:
+    """First and second derivatives of a backward pass that is written by hand."""
+    tau = Affine(bound)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    theta = (2 * torch.randn(5, 2, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(tau.forward, (x, theta))
+    assert torch.autograd.gradgradcheck(tau.forward, (x, theta))
+    still = x.detach()
+    assert torch.autograd.gradgradcheck(lambda p: tau.forward(still, p), (theta,))

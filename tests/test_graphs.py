@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nflib.graphs import WARM_UP, HostReads, Replayed
+from nflib import checks, models
+from nflib.autoregressive import MaskedAutoregressive
+from nflib.cache import cached, fresh
+from nflib.core import Flow
+from nflib.elementwise import Affine
+from nflib.graphs import WARM_UP, HostReads, Replayed, captured
 
 CPU = torch.device("cpu")
 
@@ -129,3 +136,70 @@ def test_without_graphs_the_function_is_called() -> None:
     for _ in range(2):
         assert Replayed(walk.step, CPU)(torch.zeros(3)).shape == (3,)
     assert walk.python_calls == 2
+
+
+def sampled(flow: Flow, sizes: list[int]) -> list[Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return [flow.sample(n) for n in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_maf_samples_the_same_within_captured(recorded: list[object], dtype: torch.dtype) -> None:
+    flow = models.maf(5, 2, 16).to(dtype)
+    checks.randomize_parameters(flow)
+    sizes = [4, 4, 4, 3, 4, 3, 3]
+    expected = sampled(flow, sizes)
+    assert recorded == []
+    with captured(flow):
+        found = sampled(flow, sizes)
+    assert len(recorded) == 2 * 2  # of each layer, for each batch size
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_parameters_that_change_are_seen_and_nothing_kept_is_used(recorded: list[object]) -> None:
+    flow = models.maf(5, 2, 16)
+    with captured(flow), cached(flow):
+        for scale in (0.1, 0.2, 0.3, 0.4):
+            with torch.no_grad():
+                for p in flow.parameters():
+                    p.copy_(scale * torch.randn_like(p))
+            got = sampled(flow, [4])[0]
+            with fresh():
+                torch.testing.assert_close(got, sampled(copy.deepcopy(flow), [4])[0])
+    assert len(recorded) == 2
+
+
+def test_with_gradients_and_outside_of_the_block_nothing_is_recorded(
+    recorded: list[object],
+) -> None:
+    flow, z = models.maf(5, 1, 16), torch.randn(4, 5, requires_grad=True)
+    with captured(flow):
+        for _ in range(4):
+            flow.decode(z).sum().backward()
+    sampled(flow, [4] * 4)
+    assert z.grad is not None
+    assert recorded == []
+
+
+def test_a_context_of_an_inverse_is_read_anew(recorded: list[object]) -> None:
+    layer = MaskedAutoregressive(5, Affine(), 16, context_dim=2)
+    checks.randomize_parameters(layer)
+    z = torch.randn(4, 5)
+    with captured(layer), torch.no_grad():
+        for _ in range(4):
+            context = torch.randn(4, 2)
+            got = layer.inverse(z, context)
+            with fresh():
+                want = copy.deepcopy(layer).inverse(z, context)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+    assert len(recorded) == 1
+
+
+def test_the_walk_through_a_maf_reads_no_value() -> None:
+    flow = models.maf(5, 2, 16)
+    with HostReads() as reads:
+        sampled(flow, [4])
+    assert reads.found == []

@@ -19,6 +19,7 @@ from nflib.elementwise import Affine, LogisticMixtureCDF
 from nflib.nets import MLP
 from nflib.normalization import ActNorm, BatchNorm
 from nflib.planar import Planar
+from nflib.precision import WIDE
 from nflib.reversible import Reversible
 from nflib.train import fit
 
@@ -65,9 +66,9 @@ def test_most_layers_are_reversible() -> None:
     assert len(EXACT) > 50
 
 
-def deep(depth: int, memory: str, dim: int = 8) -> Flow:
+def deep(depth: int, memory: str, dim: int = 8, hidden: tuple[int, ...] = (32,)) -> Flow:
     torch.manual_seed(0)
-    net = partial(MLP, hidden=(32,), context_dim=None)
+    net = partial(MLP, hidden=hidden, context_dim=None)
     steps: list[Bijection] = []
     for k in range(depth):
         steps += [ActNorm(dim), Coupling(halves(dim, k % 2 == 1), Affine(), net)]
@@ -110,12 +111,12 @@ def test_under_autocast_the_networks_see_what_they_saw() -> None:
     x = torch.randn(64, 8)
     found = []
     for memory in ("plain", "reversible"):
-        flow = deep(4, memory)
+        flow = deep(4, memory, hidden=(WIDE, WIDE))
         with torch.autocast("cpu", torch.bfloat16):
             loss = -flow(x).mean()
         loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in flow.parameters()]))
-    exact = deep(4, "plain")
+    exact = deep(4, "plain", hidden=(WIDE, WIDE))
     (-exact(x).mean()).backward()
     full = torch.cat([p.grad.flatten() for p in exact.parameters()])
     gap = (found[0] - found[1]).norm() / found[0].norm()

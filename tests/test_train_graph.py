@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph, on tape: the same losses, weights and errors as the plain loop."""
+"""A training step as a CUDA graph, on tape: losses, weights and errors are the plain loop's."""
 
 from __future__ import annotations
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nflib import graphs, precision
 from nflib.arguments import ContextShape, Positive, Share, Size, Widths, checked
 from nflib.autoregressive.made import MADE, ranks
 from nflib.autoregressive.walk import in_order
 from nflib.cache import is_traced
 from nflib.core import Bijection, sum_log_det
+from nflib.core.values import within
 from nflib.elementwise import Elementwise
+from nflib.nets import widths
 
 # The Jacobi inverse starts from guesses. What it feeds to the network is kept within +-GUESS where
 # it is not final yet: an overflow there would spread, for zero times infinity is not a number.
@@ -39,7 +43,8 @@ class MaskedAutoregressive(Bijection):
                        more, often much earlier. Good on accelerators, where it looks every 4
                        rounds only, for a look makes the host wait. Compiled it takes all D.
 
-    Gradients flow through both. `Inverse` of this layer is IAF, with the two costs exchanged.
+    Gradients flow through both. On a GPU ``with nflib.graphs.captured(flow):`` replays the short
+    steps of the incremental solver. `Inverse` of this layer is IAF, with the two costs exchanged.
     Papamakarios et al. 2017 (MAF), https://arxiv.org/abs/1705.07057; Kingma et al. 2016 (IAF),
     https://arxiv.org/abs/1606.04934.
 
@@ -71,6 +76,7 @@ class MaskedAutoregressive(Bijection):
         self.exact_inverse = elementwise.exact_inverse
         found = ranks(dim, order, type(self).__name__)
         self.made = MADE(dim, elementwise.count, hidden, context_dim, found, residual, dropout)
+        self.is_wide = precision.is_wide(pairwise([dim, *widths(hidden), elementwise.count * dim]))
         self.event_shape, self.context_shape = (dim,), self.made.context_shape
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,18 +85,23 @@ class MaskedAutoregressive(Bijection):
         return self.made.from_rank(z), sum_log_det(terms)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        solve = self._incremental if self.solver == "incremental" else self._jacobi
-        x, terms = solve(self.made.to_rank(z), context)
+        ranked = self.made.to_rank(z)
+        if self.solver == "jacobi":
+            x, terms = self._jacobi(ranked, context)
+        else:
+            given = [] if context is None or self.context_shape is None else [context]
+            x, terms = graphs.replayed(self, self._incremental, ranked, *given)
         return self.made.from_rank(x), sum_log_det(terms)
 
     def _theta(self, x: Tensor, context: Tensor | None) -> Tensor:
         """theta, ``(batch, count, dim)``, by rank; the network's bfloat16, if any, ends here."""
-        return self.made.by_rank(self._seen(x), context).to(x.dtype)
+        with precision.of_network(self.is_wide, x):
+            return self.made.by_rank(self._seen(x), context).to(x.dtype)
 
     def _seen(self, x: Tensor) -> Tensor:
-        return x if math.isinf(self.limit) else x.clamp(-self.limit, self.limit)
+        return within(x, self.limit)
 
-    def _incremental(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _incremental(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         columns = z.T.split(1)  # of (1, batch) each
         found: list[tuple[Tensor, Tensor]] = []
 
@@ -98,7 +109,8 @@ class MaskedAutoregressive(Bijection):
             found.append(self.elementwise.inverse(columns[rank], theta.to(z.dtype).unsqueeze(0)))
             return self._seen(found[-1][0])
 
-        in_order(self.made, choose, z.T, context)
+        with precision.of_network(self.is_wide, z):
+            in_order(self.made, choose, z.T, context)
         x, terms = zip(*found, strict=True)
         return torch.cat(x).T, torch.cat(terms).T
 

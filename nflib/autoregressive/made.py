@@ -61,7 +61,7 @@ class MaskedLinear(nn.Module):
     @kept
     def weight(self) -> Tensor:
         """The matrix W, ``(outputs, inputs)``."""
-        return place(self.taps[0], self.position, (self.outputs, self.inputs))
+        return place(self.taps.view(-1), self.position, (self.outputs, self.inputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(), self.bias)

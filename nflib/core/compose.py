@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nflib.arguments import ArgumentError, show
+from nflib.cache import made_ready
 from nflib.core.layer import Layer, Result
 from nflib.core.shapes import EventShape, NoCommonShape, ShapeError, describe, meet, zeros_log_det
 
@@ -140,8 +141,18 @@ def in_turn(
 ) -> Result:
     """Apply layers one after the other, or their inverses in reverse order."""
     log_det = None
+    joints = None if inverse else made_ready()
+    after_joint = False
     for layer in reversed(list(layers)) if inverse else layers:
-        x, term = layer.inverse(x, context) if inverse else layer(x, context)
+        if after_joint:
+            after_joint = False  # the layer before did the work of both
+            continue
+        if joints is not None and layer in joints:
+            layer.check_input(x, context)
+            x, term = joints[layer](x)
+            after_joint = True
+        else:
+            x, term = layer.inverse(x, context) if inverse else layer(x, context)
         log_det = term if log_det is None else log_det + term
     return x, zeros_log_det(x) if log_det is None else log_det
 

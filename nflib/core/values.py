@@ -1,9 +1,15 @@
-"""Checks of data: they read every value, so they run once for a data set, never in a step."""
+"""Values: checks of data, and a clamp.
+
+The checks read every value, so they run once for a data set, never in a step.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class DataError(ValueError):
@@ -58,3 +64,9 @@ def check_levels(x: Tensor, name: str, levels: int, lowest: int = 0) -> None:
             f"{name} must hold whole numbers in 0..{levels - 1}, got values from {low:g} to "
             f"{high:g}{'' if is_whole else ' with fractions'}."
         )
+
+
+def within(x: Tensor, limit: float) -> Tensor:
+    """x clamped to [-limit, limit]; an infinite limit is none."""
+    # The gradient of torch's clamp is five operations, that of its hardtanh one.
+    return x if math.isinf(limit) else F.hardtanh(x, -limit, limit)

@@ -5,9 +5,9 @@
 
     python -m nflib.train mixerflow --data mnist --patch 4 --layers 8 --seconds 600
 
-``loop`` holds `fit`, ``rows`` the data's way into batches, ``step`` one step, ``run`` the state of a
-run, ``compiling`` what `torch.compile` is given, ``command`` the command line, ``distillation`` the
-training of one model by another.
+``loop`` holds `fit`, ``rows`` the data's way into batches, ``step`` one step, ``run`` the state of
+a run, ``compiling`` what `torch.compile` is given, ``command`` the command line, ``distillation``
+the training of one model by another.
 """
 
 from nflib.train.diagnosis import NonFiniteError

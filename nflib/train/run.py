@@ -131,7 +131,7 @@ class Run:
         prepared, optimizer = self.accelerator.prepare(self.model, self.step.adam)
         several = self.accelerator.num_processes > 1
         self.step.prepared(
-            compile(prepared), optimizer, self.accelerator.backward, self._any if several else None
+            compile(prepared), optimizer, self.accelerator.backward, self._sum if several else None
         )
         self.replayed = Replayed(self.step, self.accelerator.device, capture and not several)
         self.started = time.monotonic() - self.progress.seconds
@@ -143,9 +143,9 @@ class Run:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
-    def _any(self, flag: Tensor) -> Tensor:
-        """Whether it is so in any of the processes."""
-        return self.accelerator.gather(flag.reshape(1)).any()
+    def _sum(self, number: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.gather(number.reshape(1)).sum()
 
     def advance(self, drawn: Drawn, lr: float) -> None:
         """One step, and a look whether it can go on like this."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nflib import graphs
+from nflib.prepared import Prepared
 
 Loss = Callable[..., Tensor]
 
@@ -70,6 +72,7 @@ class Step:
         # Where reading a number costs nothing, each step looks before it changes a weight.
         self.looks = graphs.recorder_for(device) is None
         self.value: Tensor | None = None
+        self.prepare: Callable[[], AbstractContextManager[Any]] = Prepared(model)
         self.is_first = True
         self.average = None if ema is None else copy.deepcopy(model)
         if self.average is not None:
@@ -78,7 +81,7 @@ class Step:
             self._blend = get_ema_multi_avg_fn(ema)
             averages = self.average.parameters()
             pairs = zip(averages, model.parameters(), strict=True)
-            self._averages = [average for average, p in pairs if p.requires_grad]
+            self._averages: Any = [average for average, p in pairs if p.requires_grad]
 
     def prepared(
         self,
@@ -90,7 +93,7 @@ class Step:
         """Take over what stands for model, optimizer and ``backward`` in a distributed run.
 
         Args:
-            anywhere: makes one flag of the flags of all processes.
+            anywhere: the sum of a number over all processes.
         """
         self.call, self.optimizer, self.backward, self.anywhere = (
             call,
@@ -103,14 +106,16 @@ class Step:
 
     def __call__(self, *drawn: Tensor) -> None:
         self.value, norm = self.gradient(*self.take(*drawn))
-        is_bad = ~torch.isfinite(self.value + norm)
+        # Neither is finite if their sum is not, for a norm is never negative infinity.
+        total = self.value + norm
         if self.anywhere is not None:
-            is_bad = self.anywhere(is_bad)
+            total = self.anywhere(total)
         if not self.looks:
+            is_bad = torch.isfinite(total).logical_not_()
             self.spoilt.add_(is_bad.logical_or_(self.spoilt))
             # The optimizer's own way to let a step pass, made for the scaling of gradients.
             self.adam.found_inf = self.spoilt.clamp(max=1)  # type: ignore[attr-defined]
-        elif is_bad:
+        elif not math.isfinite(float(total)):
             self.spoilt.fill_(1)
             return
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
@@ -125,7 +130,7 @@ class Step:
 
     def gradient(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the norm of its gradient, which stands in the parameters."""
-        with self.autocast():
+        with self.autocast(), self.prepare():
             value = self.objective(self.call, *batch)
         self.optimizer.zero_grad()
         self.backward(value)
