@@ -35,15 +35,18 @@ GRAY = (1, 28, 28)
 COLOUR = (3, 32, 32)
 MODELS: dict[str, Callable[[int], Flow]] = {
     "MixerFlow, couplings": lambda layers: models.mixerflow(
-        GRAY, 1, layers, 128, extraction="bands", grey_levels=256
+        GRAY, 1, layers, (128,), extraction="bands", grey_levels=256
+    ),
+    "MixerFlow, couplings, two hidden layers": lambda layers: models.mixerflow(
+        GRAY, 1, layers, (128, 128), extraction="bands", grey_levels=256
     ),
     "MixerFlow, MAF": lambda layers: models.mixerflow(
-        GRAY, 1, layers, 128, extraction="bands", flow="maf", grey_levels=256
+        GRAY, 1, layers, (128, 128), extraction="bands", flow="maf", grey_levels=256
     ),
     "Glow": lambda layers: models.glow(COLOUR, 1, layers, 64, grey_levels=256),
-    "MAF": lambda layers: models.maf(43, layers, 128),
-    "RealNVP, vectors": lambda layers: models.realnvp(43, layers, 128),
-    "neural spline flow": lambda layers: models.spline_flow(43, layers, 128),
+    "MAF": lambda layers: models.maf(43, layers, (128, 128)),
+    "RealNVP, vectors": lambda layers: models.realnvp(43, layers, (128, 128)),
+    "neural spline flow": lambda layers: models.spline_flow(43, layers, hidden=(128, 128)),
 }
 
 

@@ -64,11 +64,25 @@ HOW = """\
 - **Matrices are kept while nothing can change.** Inside of `with cached(flow):` the weights of
   masked layers, of LU layers and the inverse of a 1x1 convolution are assembled once, see
   [cache](api/cache.md). `evaluate` and the inverses that take many steps do so themselves.
+- **Parameters are prepared together.** What LU layers, actnorms and masked layers make of their
+  parameters is made for a whole model at once when `fit` trains, see [prepared](api/prepared.md).
 - **Each unit once.** Sampling a MAF evaluates every hidden unit when its last input is known, see
   [autoregressive](api/autoregressive.md).
 - **No branch on values**, no `.item()`, no boolean indexing: `torch.compile(fullgraph=True)` takes
   every layer.
-- **Log-dets stay in float32.** Under bfloat16 autocast only the conditioners are narrow.
+- **Started once.** On an NVIDIA GPU `fit` records its training step as a CUDA graph and replays it,
+  and so do the samplers of PixelCNN and WaveNet with theirs, see [graphs](api/graphs.md).
+- **Log-dets stay in float32.** Under bfloat16 autocast only the conditioners are narrow, and of
+  these only the wide ones, see [precision](api/precision.md).
+
+## Kernels of a layer
+
+A GPU that computes for less time than it takes to start a kernel waits, so that the number of
+kernels is the time of a small model, see [chapter 23](chapters/23_mixerflow_on_gpu.ipynb).
+Operations of a forward and a backward pass that are no views, for one layer more, as `fit` trains
+it: at commit e0a1acc and now.
+
+    {command}
 """
 
 MACHINES = """\
@@ -153,6 +167,16 @@ def precision(configurations: dict[str, Any]) -> str:
     return table(["largest change of log p, nats/dim", *names], body)
 
 
+def kernels(counts: dict[str, Any]) -> str:
+    """Operations a layer, before and now."""
+    before, now = counts["before"]["rows"], counts["now"]["rows"]
+    body = []
+    for model, row in now.items():
+        pair = before[model]["operations a layer"], row["operations a layer"]
+        body.append([model, *map(str, pair), f"{pair[1] / pair[0]:.2f}"])
+    return table(["operations a layer", "before", "now", "now / before"], body)
+
+
 def memory_rows(rows: dict[str, Any]) -> str:
     body = []
     for model, row in rows.items():
@@ -225,7 +249,8 @@ def page() -> str:
         "and backward pass, and every small operation of the layer twice more, for its inverse and "
         "for its graph. In small models these operations are as dear as the networks.\n"
     )
-    parts.append(HOW)
+    parts.append(HOW.format(command="python -m benchmarks.kernels"))
+    parts.append(kernels(results("kernels")["counts"]))
     parts.append("## What training costs beside the model\n")
     parts.append(
         "Data that fit in memory need no worker processes: `fit` takes batches by index, on the "

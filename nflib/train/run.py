@@ -134,8 +134,20 @@ class Run:
             compile(prepared), optimizer, self.accelerator.backward, self._sum if several else None
         )
         self.replayed = Replayed(self.step, self.accelerator.device, capture and not several)
+        self._warn_of_emulation()
         self.started = time.monotonic() - self.progress.seconds
         self.model.train()
+
+    def _warn_of_emulation(self) -> None:
+        """GPUs before NVIDIA's Ampere, a T4 say, compute bfloat16 by way of float32."""
+        asked = self.accelerator.mixed_precision == "bf16"
+        if asked and self.accelerator.device.type == "cuda":
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                warnings.warn(
+                    f"fit expects a GPU with bfloat16 to gain by mixed_precision='bf16', "
+                    f"{torch.cuda.get_device_name()} has none and is slower with it.",
+                    stacklevel=4,
+                )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 if it was asked for: torch's own, for accelerate's stays on after an error."""
@@ -239,8 +251,14 @@ class Run:
         was_training = model.training
         model.eval()
         total, count = torch.zeros((), device=self.accelerator.device, dtype=torch.float64), 0
-        as_it_is = torch.compiler.set_stance("force_eager")
-        with seeded(0), torch.no_grad(), cached(model), self._autocast(), as_it_is:
+        # Batches of other sizes would be compiled anew.
+        with (
+            seeded(0),
+            torch.no_grad(),
+            cached(model),
+            self._autocast(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             for part in held_out.once():
                 total += self.objective(model, *part).double() * len(part[0])
                 count += len(part[0])
