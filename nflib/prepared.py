@@ -127,11 +127,12 @@ class Joints:
         log_scale = torch.stack([norm.log_scale for norm in self.norms])
         bias = torch.stack([norm.bias for norm in self.norms])
         lower, upper = factors(packed, self.sign)
-        matrix = torch.baddbmm(upper, lower, upper)
-        if self.order is not None:
-            matrix = matrix.gather(1, self.order)
-        weight = matrix * log_scale.exp().unsqueeze(1)
-        shift = torch.bmm(weight, bias.unsqueeze(2)).squeeze(2)
+        with full_precision(packed):
+            matrix = torch.baddbmm(upper, lower, upper)
+            if self.order is not None:
+                matrix = matrix.gather(1, self.order)
+            weight = matrix * log_scale.exp().unsqueeze(1)
+            shift = torch.bmm(weight, bias.unsqueeze(2)).squeeze(2)
         log_det = (packed.diagonal(dim1=1, dim2=2) + log_scale).sum(1)
         parts = zip(weight.unbind(), shift.unbind(), log_det.unbind(), strict=True)
         return {norm: Affine(*part) for norm, part in zip(self.norms, parts, strict=True)}
