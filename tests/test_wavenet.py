@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nflib import audio, checkpoints
 from nflib.checks import (
@@ -28,6 +29,7 @@ from nflib.checks import (
 )
 from nflib.core import DataError, Flow, ShapeError, StandardLogistic
 from nflib.discrete import Head, LogisticMixture, Softmax
+from nflib.graphs import HostReads
 from nflib.metrics import evaluate, log_probs
 from nflib.train import fit
 from nflib.train.distillation import distill
@@ -368,6 +370,152 @@ def test_no_recordings_and_one_context_for_all() -> None:
     c = torch.randn(1, 2, dtype=torch.float64)
     assert model.sample(0, 4, c).shape == (0, 4)
     assert model.sample(3, 4, c).shape == (3, 4)
+
+
+def test_a_model_that_has_come_to_no_numbers_is_sampled_all_the_same() -> None:
+    """What its head draws leads to no place outside of a table, where a GPU would stop for good."""
+    for head in HEADS:
+        model = wavenet(head=head)
+        nn.init.constant_(model.stack.last[-1].bias, math.nan)
+        assert model.sample(2, 6).shape == (2, 6)
+
+
+# Steps that a GPU replays.
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("context", [None, 2])
+@pytest.mark.parametrize("given", [0, 11])
+def test_a_recording_samples_what_the_steps_themselves_sample(
+    head: str,
+    kernel: int,
+    context: int | None,
+    given: int,
+    recorded: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = wavenet(head=head, context=context, kernel=kernel, one_hot=kernel == 3)
+    c = None if context is None else torch.randn(3, context, dtype=torch.float64)
+    # Every ring goes round within the replays.
+    length = 2 * model.receptive_field + 7
+    options = {
+        "u": torch.rand(3, model.head.uniforms, length, dtype=torch.float64),
+        "start": recordings(3, given),
+        "temperature": 1.5,
+    }
+    replayed = model.sample(3, length, c, **options)
+    assert len(recorded) == (2 if given else 1)  # one to read the start, one to draw
+    monkeypatch.setattr("nflib.graphs.recorder_for", lambda device: None)
+    assert torch.equal(replayed, model.sample(3, length, c, **options))
+    assert len(recorded) == (2 if given else 1)
+    assert torch.equal(replayed, model.sample(3, length, c, **options, cached=False))
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("context", [None, 2])
+def test_a_recording_steps_back_as_the_student_does(
+    kernel: int,
+    context: int | None,
+    recorded: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = student(context, kernel=kernel)
+    c = None if context is None else torch.randn(2, context, dtype=torch.float64)
+    z = torch.randn(2, 60, dtype=torch.float64)
+    with torch.no_grad():
+        x, log_det = model.bijection.inverse(z, c)
+        back, back_log_det = model.bijection(x, c)
+        assert len(recorded) == 3  # one for each layer
+        monkeypatch.setattr("nflib.graphs.recorder_for", lambda device: None)
+        again, again_log_det = model.bijection(x, c)
+    assert torch.equal(back, again)
+    assert torch.equal(back_log_det, again_log_det)
+    torch.testing.assert_close(back, z)
+    torch.testing.assert_close(back_log_det, -log_det)
+    assert torch.is_grad_enabled()
+    model.bijection(x[:, :5], c)
+    assert len(recorded) == 3  # gradients need whole passes
+
+
+class Watched:
+    """In place of `nflib.graphs.Replayed`: the function itself, and what it reads back."""
+
+    found: list[str]
+    calls: int
+
+    def __init__(self, function: object, device: torch.device) -> None:
+        self.function = function
+
+    def __call__(self) -> None:
+        with HostReads() as reads:
+            self.function()
+        Watched.found += reads.found
+        Watched.calls += 1
+
+
+@pytest.mark.parametrize("kind", [*HEADS, "one-hot", "student"])
+def test_no_step_of_a_sampler_reads_a_value_back(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watched, "found", [], raising=False)
+    monkeypatch.setattr(Watched, "calls", 0, raising=False)
+    for module in ("model", "parallel"):
+        monkeypatch.setattr(f"nflib.wavenet.{module}.Replayed", Watched)
+    if kind == "student":
+        with torch.no_grad():
+            student(2).log_prob(torch.randn(3, 9).double(), torch.randn(3, 2).double())
+        assert Watched.calls == 3 * 9
+    else:
+        head = "softmax" if kind == "one-hot" else kind
+        model = wavenet(head=head, context=2, one_hot=kind == "one-hot")
+        c = torch.randn(3, 2).double()
+        model.sample(3, 9, c, start=recordings(3, 4), temperature=0.5)
+        assert Watched.calls == 9
+    assert Watched.found == []
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that are no views, and notes those that return new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.allocating: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if not func.is_view:
+            self.count += 1
+            if not func._schema.is_mutable:
+                self.allocating.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_a_step_allocates_nothing_and_knows_its_position(kernel: int) -> None:
+    steps = CachedSteps(CausalStack(2, 3, 4, 5, 3, 2, kernel), 4)
+    for t in range(3):
+        x = torch.zeros(2, 4)
+        with Operations() as noted:
+            outputs = steps.step(x)
+        assert noted.allocating == []
+        assert outputs.data_ptr() == steps.outputs.data_ptr()
+        assert steps.t.tolist() == [t]
+
+
+def test_a_step_asks_a_layer_for_four_operations() -> None:
+    """On a GPU a step takes as long as there are operations in it."""
+
+    def operations(layers: int) -> int:
+        steps = CachedSteps(CausalStack(1, 3, 4, 5, layers), 2)
+        x = torch.zeros(1, 2)
+        with Operations() as noted:
+            steps.step(x)
+        return noted.count
+
+    assert operations(3) - operations(2) == 4
 
 
 # The package's contract.
@@ -797,7 +945,7 @@ def test_any_head_with_one_channel_serves() -> None:
             return nn.functional.logsigmoid(sign * parameters[:, 0])
 
         def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
-            return (u < parameters.sigmoid()).to(parameters.dtype)
+            return (u < parameters.sigmoid()).long()
 
     model = WaveNet(2, 3, 3, layers=2, head=Coin(2)).double()
     x = torch.cartesian_prod(*[torch.arange(2)] * 4)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nflib.arguments import ArgumentError, ContextShape, Levels, Positive, Size, checked
 from nflib.core import DataError, Model, ShapeError, check_levels, check_values
 from nflib.core.flow import Draws
 from nflib.discrete import Head, LogisticMixture, Softmax, check_integers, rows_for
+from nflib.graphs import Replayed
 from nflib.wavenet.stack import CachedSteps, CausalStack, Taps
 
 # Marks what lies behind the end of a recording that is shorter than others of its batch.
@@ -138,8 +140,9 @@ class WaveNet(Model):
     ) -> Tensor:
         """Draw recordings without a graph.
 
-        Cached sampling computes every activation once. The naive way runs the network on the whole
-        receptive field for each sample; from the same u it makes the same recordings.
+        Cached sampling computes every activation once, in steps that a GPU records and replays. The
+        naive way runs the network on the whole receptive field for each sample; from the same u it
+        makes the same recordings, but for draws that rounding decides.
 
         Args:
             n: how many, ``(n, length)``; the context has n rows, or is one that serves all. Or a
@@ -184,14 +187,11 @@ class WaveNet(Model):
     def _draw_cached(
         self, x: Tensor, u: Tensor, context: Tensor | None, given: int, temperature: float
     ) -> None:
-        steps = CachedSteps(self.stack, len(x), context)
-        seen = x.new_zeros(self.stack.inputs, len(x))
-        uniforms = u.unbind(2)
-        for t, column in enumerate(x.unbind(1)):
-            parameters = steps.step(seen)
-            if t >= given:
-                column.copy_(self._pick(parameters.T, uniforms[t], temperature))
-            seen = self.encode(column).T
+        drawing = _Drawing(self, x, u, context, temperature)
+        for step, count in ((drawing.read, given), (drawing.draw, x.shape[1] - given)):
+            run = Replayed(step, x.device)
+            for _ in range(count):
+                run()
 
     def _draw_naive(
         self, x: Tensor, u: Tensor, context: Tensor | None, given: int, temperature: float
@@ -199,12 +199,12 @@ class WaveNet(Model):
         for t in range(given, x.shape[1]):
             window = x[:, max(0, t - self.receptive_field) : t + 1]
             parameters = self._predict(window, context)[:, :, -1]
-            x[:, t] = self._pick(parameters, u[:, :, t], temperature)
+            x[:, t : t + 1] = self._pick(parameters, u[:, :, t], temperature)
 
     def _pick(self, parameters: Tensor, u: Tensor, temperature: float) -> Tensor:
         if temperature != 1:
             parameters = self.head.cooled(parameters, temperature)
-        return self.head.sample(parameters, u)[:, 0]
+        return self.head.sample(parameters, u).to(parameters)
 
     def check_input(self, x: Tensor) -> None:
         """Raise `ShapeError` if x cannot be a batch of recordings; reads no values."""
@@ -218,6 +218,67 @@ class WaveNet(Model):
         padding = x < 0
         if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
             raise DataError(f"{name} must have padding (-1) behind the end only, got some before.")
+
+
+class _Drawing:
+    """Recordings that are drawn with kept activations: a part of `WaveNet.sample`.
+
+    `read` and `draw` each go one position on. All that changes from one to the next stands in
+    tensors that stay where they are, so that a GPU can replay them, see `nflib.graphs`.
+
+    Args:
+        model: what predicts.
+        x: where the recordings are written, and where the given samples stand: ``(batch, length)``.
+        u: uniform numbers, ``(batch, uniforms, length)``.
+        context: of shape ``(batch, K)``, or None.
+        temperature: of the head.
+    """
+
+    def __init__(
+        self, model: WaveNet, x: Tensor, u: Tensor, context: Tensor | None, temperature: float
+    ) -> None:
+        self.model, self.x, self.temperature = model, x, temperature
+        self.steps = CachedSteps(model.stack, len(x), context)
+        self.parameters = self.steps.outputs.T
+        # Those of one position side by side, and a place for those at t.
+        self.uniforms = u.permute(2, 0, 1).contiguous()
+        self.at_t = torch.zeros_like(self.uniforms[:1])
+        self.u = self.at_t[0]
+        self.entries = self._entries()
+        # The samples at t-1 as columns of the entries; before the beginning the last one.
+        self.seen = torch.full((len(x), 1), model.levels, device=x.device)
+        self.columns = self.seen.squeeze(1)
+
+    def _entries(self) -> Tensor:
+        """What the first layer makes of each level, and of zeros: ``(channels, levels + 1)``."""
+        model, first = self.model, self.model.stack.first
+        assert first.bias is not None
+        products = first.weight[:, :, 0]
+        if not model.one_hot:
+            levels = torch.arange(model.levels, device=products.device)
+            products = products * model.encode(levels).T
+        return F.pad(products, (0, 1)) + first.bias[:, None]
+
+    def read(self) -> None:
+        """The sample at t is given."""
+        self._go_on()
+        self._see(self.x.index_select(1, self.steps.t))
+
+    def draw(self) -> None:
+        """Draw the sample at t."""
+        self._go_on()
+        torch.index_select(self.uniforms, 0, self.steps.t, out=self.at_t)
+        drawn = self.model._pick(self.parameters, self.u, self.temperature)
+        self.x.index_copy_(1, self.steps.t, drawn)
+        self._see(drawn)
+
+    def _go_on(self) -> None:
+        torch.index_select(self.entries, 1, self.columns, out=self.steps.h)
+        self.steps.go_on()
+
+    def _see(self, samples: Tensor) -> None:
+        # Outside of the table nothing may be read, even if a head draws what is no number.
+        self.seen.copy_(samples).clamp_(0, self.model.levels - 1)
 
 
 @checked

@@ -30,6 +30,7 @@ from nflib.core import (
 from nflib.core.flow import Draws
 from nflib.discrete import LogisticMixture
 from nflib.elementwise import Affine
+from nflib.graphs import Replayed
 from nflib.wavenet.model import WaveNet
 from nflib.wavenet.spectrum import Window, require_waveform, spectrum_power
 from nflib.wavenet.stack import CachedSteps, CausalStack, Taps
@@ -45,9 +46,10 @@ class CausalAffine(Bijection):
         log|det dx/dz| = sum_t s_t
 
     Inverse (noise to data) costs one pass, all positions at once. Forward needs z_1 .. z_{t-1} for
-    z_t and goes step by step with kept activations, at one pass of arithmetic but ``length`` steps.
-    With gradients, or inside ``torch.compile`` and ``torch.func``, it repeats whole passes instead,
-    one for each position: meant for proofs on short events, for no training needs it.
+    z_t and goes step by step with kept activations, at one pass of arithmetic but ``length`` steps,
+    which a GPU records and replays. With gradients, or inside ``torch.compile`` and ``torch.func``,
+    it repeats whole passes instead, one for each position: meant for proofs on short events, for no
+    training needs it.
 
     Args:
         channels, skip, layers, blocks, kernel, context_dim: of the `CausalStack`.
@@ -112,13 +114,19 @@ class CausalAffine(Bijection):
 
     def _step(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         steps = CachedSteps(self.stack, len(x), context)
-        z, terms = torch.empty_like(x), torch.empty_like(x)
-        before = x.new_zeros(1, len(x))
-        for t, column in enumerate(x.unbind(1)):
-            theta = steps.step(before).T.unsqueeze(2)
-            value, term = self.affine.inverse(column.unsqueeze(1), theta)
-            z[:, t : t + 1], terms[:, t : t + 1] = value, term
-            before = value.T
+        z, terms, before = torch.empty_like(x), torch.empty_like(x), x.new_zeros(len(x), 1)
+        seen, parameters = before.T, steps.outputs.T.unsqueeze(2)
+
+        def step() -> None:
+            steps.step(seen)
+            value, term = self.affine.inverse(x.index_select(1, steps.t), parameters)
+            z.index_copy_(1, steps.t, value)
+            terms.index_copy_(1, steps.t, term)
+            before.copy_(value)
+
+        run = Replayed(step, x.device)
+        for _ in range(x.shape[1]):
+            run()
         return z, terms
 
 

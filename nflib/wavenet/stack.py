@@ -120,14 +120,21 @@ class CachedSteps:
     ``step(x)`` takes the samples at t-1, ``(inputs, batch)``, and returns the outputs at t,
     ``(outputs, batch)``; the first call takes zeros.
 
-    Everything is allocated, and every weight reshaped, when the object is made; a step writes into
-    what is there. Features come first, ``(features, batch)``, so that no product needs a
-    transposition. Without gradients. Cost: one position's share of `CausalStack.forward` a step.
+    Everything is allocated, and every weight reshaped, when the object is made. A step does the
+    same operations on the same memory each time, and t stands on the device: a GPU can record it,
+    see `nflib.graphs`. Features come first, ``(features, batch)``, so that no product needs a
+    transposition; with a row of ones under them, a product takes its bias along as a last column.
+    Without gradients. Cost: one position's share of `CausalStack.forward` a step.
 
     Args:
         stack: the network; its weights are copied, later changes have no effect.
         batch: rows that are computed together.
         context: ``(batch, K)`` if the stack is conditional.
+
+    Attributes:
+        t: the position of the latest outputs, counted from 0: ``(1,)``, int64.
+        outputs: the latest ones, ``(outputs, batch)``.
+        h: where the residual path begins, ``(channels, batch)``.
     """
 
     @torch.no_grad()
@@ -138,93 +145,138 @@ class CachedSteps:
                 f"CachedSteps expects a row of context for each of the {batch} rows of its batch, "
                 f"got {show(context)}."
             )
-        self.first, self.first_bias = _matrix(stack.first, batch)
         channels, depth = stack.channels, len(stack.dilations)
-        # What the gates return lies side by side, for one product serves all skip connections. A
-        # row of ones under each takes the residual's bias into the residual's product.
-        gated = self.first_bias.new_ones(depth, channels + 1, batch)
+        weight, bias = _weights(stack.first)
+        self.first = weight[:, :, 0].contiguous()
+        self.first_bias = bias[:, None].expand(-1, batch).contiguous()
+        self.h = torch.zeros_like(self.first_bias)
+        shifts = stack.shifts(context)
+        gates = [_gate(gate, shift) for gate, shift in zip(stack.gates, shifts, strict=True)]
+        biases = torch.stack([bias.expand(-1, batch) for _, bias in gates])
+        self.rings = _Rings(biases, stack.dilations, stack.kernel)
+        self.t = self.rings.t
+        # What the gates return lies side by side, for one product serves all skip connections.
+        gated = bias.new_ones(depth, channels + 1, batch)
         self.all_gated, self.gated = gated.flatten(0, 1), gated.unbind()
-        sums = self.first_bias.new_zeros(2 * channels, batch)
         self.gates = [
-            _GateSteps(gate, dilation, shift, sums, rows[:channels])
-            for gate, dilation, shift, rows in zip(
-                stack.gates, stack.dilations, stack.shifts(context), gated, strict=True
+            (taps, sums.flatten(0, 1), sums[0], *sums[0].chunk(2), rows)
+            for (taps, _), sums, rows in zip(
+                gates, self.rings.sums, gated[:, :channels], strict=True
             )
         ]
-        self.residuals = [torch.cat(_matrix(r, 1), 1) for r in stack.residuals]
-        skip, self.skip_bias = _matrix(stack.skip, batch)
-        spaced = skip.new_zeros(len(skip), depth, channels + 1)  # nothing of the rows of ones
-        spaced[:, :, :channels] = skip.unflatten(1, (depth, channels))
-        self.skip = spaced.flatten(1)
-        self.output = [_matrix(layer, batch) for layer in (stack.last[1], stack.last[3])]
-        self.hidden = [torch.zeros_like(bias) for bias in (self.skip_bias, self.output[0][1])]
-        self.result = torch.zeros_like(self.output[1][1])
-        self.h = [torch.zeros_like(self.first_bias) for _ in range(2)]
-        self.t = 0
+        self.residuals = [_matrix(residual) for residual in stack.residuals]
+        skip = _matrix(stack.skip)
+        spaced = skip.new_zeros(len(skip), depth, channels + 1)
+        spaced[:, :, :channels] = skip[:, :-1].unflatten(1, (depth, channels))
+        spaced[:, -1, -1] = skip[:, -1]  # of all the rows of ones the last one serves
+        middle, last = _matrix(stack.last[1]), _matrix(stack.last[3])
+        self.output = [_with_ones(spaced.flatten(1)), _with_ones(middle), last]
+        results = [matrix.new_zeros(len(matrix), batch) for matrix in self.output]
+        *self.hidden, self.outputs = results
 
-    @torch.no_grad()
     def step(self, x: Tensor) -> Tensor:
-        """Outputs at the next position, ``(outputs, batch)``, valid until the next step."""
-        h, spare = self.h
-        torch.addmm(self.first_bias, self.first, x, out=h)
-        for layer, gate in enumerate(self.gates):
-            gate.step(self.t, h)
+        """Outputs at the next position, ``(outputs, batch)``, in the same memory each time."""
+        torch.addmm(self.first_bias, self.first, x.detach(), out=self.h)
+        return self.go_on()
+
+    def go_on(self) -> Tensor:
+        """`step` for an x of which h already holds what the first layer makes."""
+        h = self.h
+        self.rings.fetch()
+        for layer, (taps, sums, both, a, b, gated) in enumerate(self.gates):
+            sums.addmm_(taps, h)
+            both.sigmoid_()
+            torch.addcmul(b, a, b, value=-2, out=gated)
             if layer < len(self.residuals):
-                torch.addmm(h, self.residuals[layer], self.gated[layer], out=spare)
-                h, spare = spare, h
-        self.t += 1
-        (middle, middle_bias), (last, last_bias) = self.output
-        torch.addmm(self.skip_bias, self.skip, self.all_gated, out=self.hidden[0]).relu_()
-        torch.addmm(middle_bias, middle, self.hidden[0], out=self.hidden[1]).relu_()
-        return torch.addmm(last_bias, last, self.hidden[1], out=self.result)
+                h.addmm_(self.residuals[layer], self.gated[layer])
+        self.rings.store()
+        (skip, middle, last), (first, second) = self.output, self.hidden
+        torch.mm(skip, self.all_gated, out=first).relu_()
+        torch.mm(middle, first, out=second).relu_()
+        return torch.mm(last, second, out=self.outputs)
 
 
-class _GateSteps:
-    """One dilated convolution with its gate, position by position: a part of `CachedSteps`.
+class _Rings:
+    """What the dilated convolutions keep for later positions: a part of `CachedSteps`.
 
-    When h[t] comes it is multiplied once by all taps, for now and for later. A ring of places keeps
-    the products until their time has come. With two taps, W_0 (now) and W_1, and dilation d = 2:
+    When h[t] comes it is multiplied once by all taps, for now and for later. Each layer has a ring
+    of places, where sums wait until they are complete. With three taps, W_0 (now), W_1 and W_2,
+    bias b and dilation 1:
 
-        place                  t % 3            (t-1) % 3        (t-2) % 3
-        first rows             W_0 h[t] *       W_0 h[t-1]       W_0 h[t-2]
-        following rows         W_1 h[t]         W_1 h[t-1]       W_1 h[t-2] *
+        place     before step t                        after step t
+        of t      b + W_2 h[t-2] + W_1 h[t-1] *        b + W_2 h[t]
+        of t+1    b + W_2 h[t-1]                       b + W_2 h[t-1] + W_1 h[t]
 
-    The sum of the two with a star goes to the gate. Position t+1 overwrites the last place, which
-    nobody needs any more: ``(kernel - 1) d + 1`` places are enough.
+    The sum with a star gets W_0 h[t] and goes to the gate. Nobody needs its place any more, which
+    is then that of t+2: ``(kernel - 1) d`` places are enough for dilation d. Sums that start get
+    their bias from one more place, behind the ring, where nothing is ever added.
+
+    The rings of all layers stand in one tensor, and which places a step needs is computed from t
+    on the device: one operation fetches all sums, one stores what is left of them.
 
     Args:
-        conv: the convolution.
-        dilation: d.
-        shift: what the context adds, ``(batch, 2 channels)``.
-        sums: place for the sum, ``(2 channels, batch)``, which all layers may share.
-        gated: place for the result, ``(channels, batch)``.
+        bias: of each layer, with what the context adds, ``(layers, features, batch)``.
+        dilations: of each layer.
+        taps: of each convolution.
+
+    Attributes:
+        t: the position at hand, ``(1,)``, int64.
+        sums: those at t and the later ones, ``(layers, taps, features, batch)``.
     """
 
-    def __init__(
-        self, conv: nn.Module, dilation: int, shift: Tensor | None, sums: Tensor, gated: Tensor
-    ) -> None:
-        weight, bias = _weights(conv)
-        taps, (rows, batch) = weight.shape[2], sums.shape
-        # All taps under one another, that for now first; its rows have the bias.
-        self.taps = weight.flip(2).permute(2, 0, 1).flatten(0, 1).contiguous()
-        now = bias[:, None] + (0 if shift is None else shift.T)
-        later = now.new_zeros((taps - 1) * rows, batch)
-        self.bias = torch.cat([now.expand(-1, batch), later])
-        # Each place: the whole product, and its part for each tap.
-        places = now.new_zeros((taps - 1) * dilation + 1, taps * rows, batch)
-        self.ring = [(place, place.split(rows)) for place in places]
-        self.dilation, self.sums, self.gated = dilation, sums, gated
-        self.a, self.b = sums.split(rows // 2)
+    def __init__(self, bias: Tensor, dilations: list[int], taps: int) -> None:
+        depth, lengths = len(dilations), [(taps - 1) * dilation for dilation in dilations]
+        self.places = torch.cat(
+            [row.expand(n + 1, -1) for row, n in zip(bias.flatten(1), lengths, strict=True)]
+        )
+        starts = [sum(lengths[:layer]) + layer for layer in range(depth)]
+        rings = list(zip(dilations, lengths, starts, strict=True))
+        # Each place: how far from t, how many its ring has, where this begins.
+        fetched = [
+            (tap * dilation, length, start) if tap < taps - 1 else (0, 1, start + length)
+            for dilation, length, start in rings
+            for tap in range(taps)
+        ]
+        stored = [
+            (tap * dilation, length, start)
+            for tap in range(1, taps)
+            for dilation, length, start in rings
+        ]
+        # With them goes t itself, in a ring that it never gets round.
+        table = torch.tensor([(0, 2**62, 0), *fetched, *stored], device=bias.device)
+        self.turns, self.lengths, self.starts = (column.clone() for column in table.unbind(1))
+        self.turns -= 1
+        self.found = torch.zeros_like(self.turns)
+        self.t, self.fetched, *self.stored = self.found.split(
+            [1, len(fetched), *[depth] * (taps - 1)]
+        )
+        self.sums = bias.new_zeros(depth, taps, *bias.shape[1:])
+        self.flat = self.sums.flatten(2).flatten(0, 1)
+        self.later = self.sums.flatten(2).unbind(1)[1:]
 
-    def step(self, t: int, h: Tensor) -> None:
-        """Write the gate's result at t, for h at t."""
-        ring, dilation = self.ring, self.dilation
-        product, parts = ring[t % len(ring)]
-        torch.addmm(self.bias, self.taps, h, out=product)
-        torch.add(parts[0], ring[(t - dilation) % len(ring)][1][1], out=self.sums)
-        for tap in range(2, len(parts)):
-            self.sums.add_(ring[(t - tap * dilation) % len(ring)][1][tap])
-        torch.mul(self.a.tanh_(), self.b.sigmoid_(), out=self.gated)
+    def fetch(self) -> None:
+        """Go on to the next position and fetch its sums."""
+        torch.add(self.turns.add_(1).remainder_(self.lengths), self.starts, out=self.found)
+        torch.index_select(self.places, 0, self.fetched, out=self.flat)
+
+    def store(self) -> None:
+        """Store the sums for later positions."""
+        for places, sums in zip(self.stored, self.later, strict=True):
+            self.places.index_copy_(0, places, sums)
+
+
+def _gate(layer: nn.Module, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All taps under one another, that for now first, ``(taps rows, in)``; bias ``(rows, ...)``.
+
+    The first half of the rows, a, is replaced by -2a: since ``tanh(a) = 1 - 2 sigmoid(-2a)``, the
+    gate ``tanh(a) sigmoid(b) = sigmoid(b) - 2 sigmoid(-2a) sigmoid(b)`` takes one function of all
+    rows.
+    """
+    weight, bias = _weights(layer)
+    now = bias[:, None] + (0 if shift is None else shift.T)
+    factor = torch.ones_like(bias[:, None])
+    factor[: len(bias) // 2] = -2
+    return (weight.flip(2).permute(2, 0, 1) * factor).flatten(0, 1), now * factor
 
 
 def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -234,7 +286,14 @@ def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return layer.weight.detach(), layer.bias.detach()
 
 
-def _matrix(layer: nn.Module, columns: int) -> tuple[Tensor, Tensor]:
-    """Weight ``(out, in)`` and bias ``(out, columns)`` of a convolution with one tap."""
+def _matrix(layer: nn.Module) -> Tensor:
+    """Weight and, as the last column, bias of a convolution with one tap, ``(out, in + 1)``."""
     weight, bias = _weights(layer)
-    return weight[:, :, 0].contiguous(), bias[:, None].expand(-1, columns).contiguous()
+    return torch.cat([weight[:, :, 0], bias[:, None]], 1)
+
+
+def _with_ones(matrix: Tensor) -> Tensor:
+    """With one more row, which gives the result a row of ones, too."""
+    row = torch.zeros_like(matrix[:1])
+    row[:, -1] = 1
+    return torch.cat([matrix, row])
