@@ -5,7 +5,9 @@
 Untrained models of 28 x 28 pixels and 256 grey levels; the work does not depend on the weights.
 Both samplers get the same uniform numbers and return the same images, which is checked. Medians of
 interleaved repeats, in seconds of processor time for a batch, which other work on the machine
-disturbs less than the clock. Writes results/pixel_sampling.json.
+disturbs less than the clock. Beside them stands how many operations a pixel is on a GPU, which
+waits for each of them: one number for each kind of pixel, from those that only the full size has to
+those that every size has. Writes results/pixel_sampling.json.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks import machine
+from benchmarks.kernels import Kernels
+from nflib import graphs
 from nflib.pixel import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelModel
 
 SHAPE, LEVELS = (1, 28, 28), 256
@@ -44,8 +49,28 @@ def measure(model: PixelModel, n: int, repeats: int) -> dict[str, Any]:
             times[cached].append(time.process_time() - begin)
         same = min(same, (drawn[True] == drawn[False]).float().mean().item())
         print(f"  repeat {repeat}: {times[True][-1]:.2f} s cached, {times[False][-1]:.2f} s naive")
-    cached, naive = (statistics.median(times[kind]) for kind in (True, False))
-    return {"cached": cached, "naive": naive, "times_faster": naive / cached, "same_pixels": same}
+    quick, slow = (statistics.median(times[kind]) for kind in (True, False))
+    return {"cached": quick, "naive": slow, "times_faster": slow / quick, "same_pixels": same}
+
+
+def operations(model: PixelModel) -> list[int]:
+    """How many operations the recording of a pixel has, for each kind of pixel."""
+    counts: list[int] = []
+
+    def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        kind = len(counts)
+        counts.append(0)
+
+        def replay() -> None:
+            with Kernels() as kernels:
+                step()
+            counts[kind] = kernels.counts.total()
+
+        return replay, None
+
+    with mock.patch.object(graphs, "recorder_for", return_value=record):
+        model.sample(1)
+    return sorted(counts)
 
 
 def main() -> None:
@@ -62,7 +87,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = make()
         count = sum(p.numel() for p in model.parameters())
-        rows[name] = {"parameters": count}
+        rows[name] = {"parameters": count, "operations": operations(model)}
         for n in (1, 16):
             print(f"{name}, {n} images", flush=True)
             rows[name][str(n)] = measure(model, n, options.repeats)
@@ -71,7 +96,8 @@ def main() -> None:
     machine.write(options.out, result)
     for name, row in rows.items():
         found = ", ".join(f"{row[n]['times_faster']:.0f}x for {n}" for n in ("1", "16"))
-        print(f"{name}: {found}; equal pixels {row['16']['same_pixels']:.4f}")
+        print(f"{name}: {found}; equal pixels {row['16']['same_pixels']:.4f}; ", end="")
+        print(f"{row['operations']} operations a pixel")
 
 
 if __name__ == "__main__":

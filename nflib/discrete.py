@@ -178,19 +178,17 @@ class LogisticMixture(Head):
     def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
         log_weights, means, log_scales, links = self.unpack(parameters)
         cdf = log_weights.exp().cumsum(1)[:, :-1]
-        index = (u[:, :1] >= cdf).sum(1, keepdim=True).unsqueeze(1)
+        index = (u[:, :1] >= cdf).sum(1, keepdim=True)
 
         def chosen(values: Tensor) -> Tensor:
-            return values.gather(2, index.expand(-1, values.shape[1], *index.shape[2:]))
+            return values.gather(1, index).squeeze(1)
 
         tiny = torch.finfo(u.dtype).tiny
         noise = u[:, 1:].clamp_min(tiny).log() - (-u[:, 1:]).log1p()
-        means, spread = chosen(means), chosen(log_scales).exp() * noise.unsqueeze(2)
-        links = chosen(links) if self.links else links
         drawn: list[Tensor] = []
         for channel in range(self.channels):
-            mean = self._mean(channel, means, links, [self.scaled(d) for d in drawn])
-            value = (mean + spread[:, channel]).squeeze(1)
+            mean = chosen(self._mean(channel, means, links, [self.scaled(d) for d in drawn]))
+            value = mean + chosen(log_scales[:, channel]).exp() * noise[:, channel]
             level = torch.round((value + 1) * (self.levels - 1) / 2)
             drawn.append(level.clamp(0, self.levels - 1))
         return torch.stack(drawn, 1).to(parameters.dtype)

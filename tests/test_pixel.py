@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tape import Tape
 from torch import Tensor
 from torch.nn import functional as F
 
+from nflib import graphs
 from nflib.arguments import ArgumentError
 from nflib.checks import AutoregressiveError, check_autoregressive, jacobian, randomize_parameters
 from nflib.core import Shape, ShapeError
 from nflib.discrete import LogisticMixture, Softmax
+from nflib.graphs import WARM_UP, HostReads
 from nflib.metrics import evaluate
 from nflib.pixel import (
     GatedPixelCNN,
@@ -28,6 +31,7 @@ from nflib.pixel import (
     channel_mask,
     masked_conv,
 )
+from nflib.pixel.cursor import Cursor, DeviceCursor, Line
 from nflib.pixel.rnn import DiagonalBiLSTM, RowLSTM, lstm_cell, skew, unskew
 from nflib.train import fit
 
@@ -216,6 +220,174 @@ def test_three_sizes_are_walked_in_step() -> None:
     model = PixelCNNPP((1, 8, 8), 4, 4, 1, 3, components=2).double()
     u = torch.rand(2, 2, 8, 8, dtype=torch.float64)
     assert torch.equal(model.sample(2, u=u), model.sample(2, u=u, cached=False))
+
+
+def as_on_a_cpu(draw: Callable[[], Tensor]) -> Tensor:
+    """Samples of a device that has no graphs, whatever the fixture says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "recorder_for", lambda device: None)
+        return draw()
+
+
+def watched(model: PixelModel) -> HostReads:
+    """What a walk of this model reads back from the device."""
+    reads, walk = HostReads(), model._walk_cached
+
+    def watch(*inputs: object) -> None:
+        with reads:
+            walk(*inputs)
+
+    model._walk_cached = watch
+    return reads
+
+
+def kinds_of(model: PixelModel) -> int:
+    """How many kinds of pixels a model has: one for each size of its images."""
+    return model.horizontal.sizes if isinstance(model, PixelCNNPP) else 1
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("shape", [(1, 4, 6), (3, 4, 4)])
+@pytest.mark.parametrize("context_dim", [None, 2])
+@pytest.mark.parametrize("completed", [False, True])
+def test_a_recorded_pixel_draws_the_same(
+    name: str, shape: Shape, context_dim: int | None, completed: bool, recorded: list[object]
+) -> None:
+    model = build(name, shape, 5, context_dim=context_dim)
+    context = contexts(model, 3)
+    options: dict[str, Tensor] = {}
+    if completed:
+        options = {"given": images(model, 1), "known": torch.rand(shape[1:]) < 0.5}
+    u = torch.rand(3, model.head.uniforms, *shape[1:], dtype=torch.float64)
+    plain = as_on_a_cpu(lambda: model.sample(3, context, u=u, **options))
+    calls, network, reads = [], model.pixels, watched(model)
+    model.pixels = lambda *inputs: calls.append(inputs) or network(*inputs)
+    assert torch.equal(model.sample(3, context, u=u, **options), plain)
+    assert reads.found == []
+    assert len(recorded) == kinds_of(model)
+    assert len(calls) == kinds_of(model) * model.groups * (WARM_UP + 1)
+
+
+def test_each_size_has_a_recording(recorded: list[object]) -> None:
+    model = PixelCNNPP((1, 8, 12), 4, 4, 1, 3, components=2).double()
+    randomize_parameters(model)
+    u = torch.rand(2, 2, 8, 12, dtype=torch.float64)
+    drawn = model.sample(2, u=u, temperature=0.7)
+    assert len(recorded) == 3
+    assert torch.equal(as_on_a_cpu(lambda: model.sample(2, u=u, temperature=0.7)), drawn)
+
+
+def test_a_walk_that_is_not_recorded_reads_nothing_back_either() -> None:
+    for name in CACHED:
+        model = build(name, (3, 2, 4))
+        reads = watched(model)
+        model.sample(1, given=images(model, 1), known=torch.arange(8).view(2, 4) % 3 == 0)
+        assert reads.found == []
+
+
+@pytest.mark.parametrize("name", ["Row LSTM", "Diagonal BiLSTM"])
+def test_what_walks_over_rows_is_not_recorded(name: str, recorded: list[object]) -> None:
+    model = build(name, (1, 4, 6))
+    u = torch.rand(2, 1, 4, 6, dtype=torch.float64)
+    assert torch.equal(model.sample(2, u=u), as_on_a_cpu(lambda: model.sample(2, u=u)))
+    assert recorded == []
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_recorded_walk_takes_small_batches_and_any_memory(
+    rows: int, recorded: list[object]
+) -> None:
+    model = build("Gated PixelCNN", (3, 4, 6))
+    given = images(model, rows).to(memory_format=torch.channels_last)
+    options = {"given": given, "known": torch.arange(24).view(4, 6) % 2 == 0}
+    u = torch.rand(4, 6, 3, rows, dtype=torch.float64).permute(3, 2, 0, 1)
+    plain = as_on_a_cpu(lambda: model.sample(rows, u=u, **options))
+    assert torch.equal(model.sample(rows, u=u, **options), plain)
+    assert len(recorded) == 1
+
+
+def test_a_recorded_walk_goes_along_with_autocast(recorded: list[object]) -> None:
+    model = build("PixelCNN++", (1, 4, 6)).float()
+    u = torch.rand(2, model.head.uniforms, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = as_on_a_cpu(lambda: model.sample(2, u=u))
+        assert torch.equal(model.sample(2, u=u), plain)
+    assert len(recorded) == 2
+
+
+def test_a_recording_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in the middle of a pixel, as on a GPU with nothing computed."""
+    model = build("PixelCNN", (1, 4, 6), 5)
+    u = torch.rand(2, 1, 4, 6, dtype=torch.float64)
+    plain = as_on_a_cpu(lambda: model.sample(2, u=u))
+    tries, write = [], model.first.write
+
+    def fail(function: Callable[[], object]) -> None:
+        def stop(x: Tensor) -> None:
+            raise RuntimeError("no")
+
+        with Tape(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.first, "write", stop)
+            tries.append(function)
+            function()
+
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: fail)
+    assert torch.equal(model.sample(2, u=u), plain)
+    assert len(tries) == 1
+    assert model.first.write == write
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_both_cursors_cut_and_write_the_same(scale: int) -> None:
+    """Padding, windows, and a buffer of two rows that holds the last ones."""
+    x = torch.zeros(2, 1, 4, 6)
+    cursors = [Cursor(x, None), DeviceCursor(x, None)]
+    buffer = torch.randn(2, 3, 6, 10)
+    last = torch.randn(2, 3, 2, 8)
+    for row in range(4):
+        for col in range(6):
+            found = []
+            value = torch.randn(2, 3, 1, 2)
+            for cursor in cursors:
+                cursor.move(row, col)
+                cursor.arrive()
+                mine, two = buffer.clone(), last.clone()
+                cursor.put(mine, value, scale, 2, 3)
+                cursor.put(two, value, scale)
+                window = cursor.cut(mine, scale, (3, 4))
+                found.append([window, cursor.cut(two, scale), mine, two])
+                if row:  # a kind of window that the first pixels did not have
+                    found[-1].append(cursor.cut(mine, scale, (1, 3)))
+                cursor.leave()
+            for a, b in zip(*found, strict=True):
+                assert torch.equal(a, b)
+            down, over = row >> scale, col >> scale
+            window, one, mine, two, *_ = found[0]
+            assert torch.equal(mine[:, :, down + 2, over + 3 : over + 5], value[:, :, 0])
+            assert torch.equal(window, mine[:, :, down : down + 3, over : over + 4])
+            assert torch.equal(one, value[..., :1])
+            assert torch.equal(two[:, :, down % 2, over], value[:, :, 0, 0])
+
+
+def test_features_of_a_row_stay_where_they_are() -> None:
+    cursor, line = Cursor(torch.zeros(1, 1, 4, 4), None), Line()
+    for row in range(4):
+        whole, half = torch.randn(2, 1, 3, 1, 4), torch.randn(1, 2, 1, 2)
+        cursor.move(row)
+        line.keep(cursor, [whole[0], None if row % 2 else half, whole[1], None])
+        where = {scale: joined.data_ptr() for scale, (_, _, joined) in line.held.items()}
+        if row == 0:
+            first = where
+        assert where == first
+        for col in range(4):
+            cursor.move(row, col)
+            a, low, b, nothing = line.at(cursor)
+            assert torch.equal(a, whole[0][..., col : col + 1])
+            assert torch.equal(b, whole[1][..., col : col + 1])
+            assert nothing is None
+            assert (low is None) == bool(row % 2 or col % 2)
+            if low is not None:
+                assert torch.equal(low, half[..., col // 2 : col // 2 + 1])
 
 
 @every
@@ -543,7 +715,9 @@ def test_samples_are_ordinary_tensors_and_leave_the_model_as_it_was(model: str) 
     assert all(modes)
     assert not frozen.training
     # Nor are buffers of the walk left, which a pickle would carry along.
-    kept = [vars(layer).get(name) for layer in net.modules() for name in ("_buffer", "_flat")]
+    kept = [
+        vars(layer).get(name) for layer in net.modules() for name in ("_buffer", "_flat", "cursor")
+    ]
     assert kept.count(None) == len(kept)
 
 

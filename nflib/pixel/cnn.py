@@ -20,7 +20,8 @@ from nflib.arguments import (
 )
 from nflib.core import EventShape
 from nflib.discrete import Head, Softmax
-from nflib.pixel.model import Features, PixelModel
+from nflib.pixel.cursor import Features
+from nflib.pixel.model import PixelModel
 from nflib.pixel.window import WindowConv, channel_mask, pointwise
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nflib.arguments import ContextShape, ImageShape, Levels, Odd, Share, Size, checked
 from nflib.discrete import Head, Softmax
 from nflib.pixel.cnn import output_layers, shifts
-from nflib.pixel.model import Features, PixelModel
+from nflib.pixel.cursor import Features
+from nflib.pixel.model import PixelModel
 from nflib.pixel.window import WindowConv, channel_mask, pointwise
 
 
@@ -121,15 +122,16 @@ class GatedPixelCNN(PixelModel):
         return [shift(context)[:, :, None, None] for shift in self.shifts]
 
     def above(self, x: Tensor, condition: Any) -> Features:
+        """For each layer the links, and with them the shift of the horizontal stack."""
         links: Features = []
         v = x
-        for layer, shift in zip(self.layers, condition[::2], strict=True):
-            v, link = layer.down(v, shift)  # type: ignore[operator]
-            links.append(link)
+        for layer, down, across in zip(self.layers, condition[::2], condition[1::2], strict=True):
+            v, link = layer.down(v, down)  # type: ignore[operator]
+            links.append(link if across is None else link + across)
         return links
 
     def pixels(self, x: Tensor, above: Features, condition: Any) -> Tensor:
         h = x
-        for layer, link, shift in zip(self.layers, above, condition[1::2], strict=True):
-            h = layer.across(h, link, shift)  # type: ignore[operator]
+        for layer, link in zip(self.layers, above, strict=True):
+            h = layer.across(h, link, None)  # type: ignore[operator]
         return self.last(h)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +24,48 @@ from nflib.arguments import (
 from nflib.core import Model, ShapeError, check_levels, check_values, sum_event
 from nflib.core.flow import Draws
 from nflib.discrete import Head, Softmax, check_integers, rows_for
+from nflib.graphs import Replayed
 from nflib.nets import vector_context
-from nflib.pixel.window import Cursor, Stepwise, WindowConv
+from nflib.pixel.cursor import Cursor, Features, Line, cursor_for
+from nflib.pixel.window import Stepwise, WindowConv
 
-Features = list[Tensor | None]
-# A row, a column, a step within the pixel, and the head's parameters there.
-Step = tuple[int, int, int, Tensor]
+
+@dataclass
+class Drawing:
+    """Images that are being drawn, channels in the order in which they are predicted.
+
+    Attributes:
+        head: the distribution of a pixel.
+        x: the images, ``(batch, C, H, W)``: what is known of them, and zeros.
+        u: the uniform random numbers, ``(batch, uniforms, H, W)``.
+        known: which pixels stay as they are, ``(H, W)`` on the CPU, or None.
+        temperature: of the head.
+    """
+
+    head: Head
+    x: Tensor
+    u: Tensor
+    known: Tensor | None
+    temperature: float
+
+    def draw(self, cursor: Cursor, step: int, parameters: Tensor) -> Tensor:
+        """Write the next channel of the cursor's pixel, or all of them; returns the pixel.
+
+        Of the channels from this step on only the first is right where they are drawn one after
+        the other; the next steps replace the others, which they do not look at.
+        """
+
+        def drawn() -> Tensor:
+            cold = self.temperature != 1
+            at = self.head.cooled(parameters, self.temperature) if cold else parameters
+            new = self.head.sample(at, cursor.cut(self.u))
+            if step:
+                new = torch.cat([cursor.cut(self.x)[:, :step], new[:, step:]], 1)
+            return new
+
+        pixel = cursor.unless_known(self.x, drawn)
+        cursor.put(self.x, pixel)
+        return pixel
 
 
 class PixelModel(Model):
@@ -137,7 +176,8 @@ class PixelModel(Model):
             generator: of the random numbers, instead of torch's own.
 
         Returns: integer-valued images. Cost: H W steps, which together are about one pass of the
-        network with the cache and H W passes without.
+        network with the cache and H W passes without. On a GPU the cached steps are replayed, see
+        `nflib.graphs`.
         """
         name = f"{type(self).__name__}.sample"
         shape, context = self._plan("sample", n, context)
@@ -149,73 +189,78 @@ class PixelModel(Model):
             u = rows_for(name, "u", u, shape, sizes)
         kept = self._kept(given, known)
         x = like.new_zeros(shape.numel(), *self.shape)
-        if given is not None:
+        if given is not None and kept is not None:
             given = rows_for(name, "given", given, shape, self.shape)
-            x = torch.where(kept.to(x.device), self._ordered(given.to(x)), x)
-        walk = self._walk_cached if cached else self._walk
+            x.copy_(torch.where(kept.to(x.device), self._ordered(given.to(x)), x))
+        drawing = Drawing(self.head, x, u, kept, temperature)
         with self._evaluating():
-            for row, col, step, parameters in walk(x, context):
-                if not kept[row, col]:
-                    chance = u[:, :, row, col, None, None]
-                    self._draw(x[:, :, row, col], step, parameters, chance, temperature)
+            (self._walk_cached if cached else self._walk)(drawing, context)
         return x.index_select(1, self.order.argsort()).reshape(*shape, *self.shape)
 
-    def _draw(
-        self, pixel: Tensor, step: int, parameters: Tensor, u: Tensor, temperature: float
-    ) -> None:
-        """Write what u picks into a pixel ``(batch, C)``: the channel of this step, or all."""
-        if temperature != 1:
-            parameters = self.head.cooled(parameters, temperature)
-        drawn = self.head.sample(parameters, u)[..., 0, 0]
-        part = slice(step, step + 1) if self.groups > 1 else slice(None)
-        pixel[:, part] = drawn[:, part]
-
-    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
+    def _walk(self, drawing: Drawing, context: Tensor | None) -> None:
         """Every step of every pixel, with the parameters that the whole network gives there."""
+        for cursor, step in self._steps(drawing):
+            parameters = self._predict(drawing.x, context)
+            drawing.draw(cursor, step, cursor.cut(parameters))
+
+    def _steps(self, drawing: Drawing) -> Iterator[tuple[Cursor, int]]:
+        """A cursor at each pixel, and the steps within it."""
+        cursor = Cursor(drawing.x, drawing.known)
         for row in range(self.shape[1]):
             for col in range(self.shape[2]):
+                cursor.move(row, col)
                 for step in range(self.groups):
-                    parameters = self._predict(x, context)
-                    yield row, col, step, parameters[:, :, row : row + 1, col : col + 1]
+                    yield cursor, step
 
-    def _walk_cached(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
-        """The same, with each activation computed once.
+    def _walk_cached(self, drawing: Drawing, context: Tensor | None) -> None:
+        """The same, with each activation computed once. For each row:
 
-        Whoever draws writes into x, which is read again in the next step. For each row:
-
-            cursor at the row, ``col=None``   line = above(row)         the vertical stack, a row
-            cursor at pixel 0                 pixels(pixel, line[0])    a step for each group: draw
-                                              entrance.write(pixel)     now it counts as seen
-            cursor at pixel 1                 pixels(pixel, line[1])    ...
+            cursor at the row     above(row)                 the vertical stack, a row
+            cursor at pixel 0     pixels(pixel, features)    a step for each group: draw
+                                  entrance.write(pixel)      now it counts as seen
+            cursor at pixel 1     pixels(pixel, features)    ...
 
         What the entrances read at a pixel before it is drawn has no influence: their windows or
         masks leave it out. It stands in their buffers until ``write`` replaces it.
+
+        All pixels from which the network halves the image equally often ask for the same
+        operations. On a GPU each kind of them is recorded once and replayed.
         """
-        condition = self.condition(context)
-        width = self.shape[2]
-        with self._stepping(x.shape[0]) as cursor:
+        x, condition, line = drawing.x, self.condition(context), Line()
+        unseen = x.new_zeros(*x.shape[:2], 1, 1)
+
+        def pixel() -> None:
+            cursor.arrive()
+            features, seen = line.at(cursor), unseen
+            for step in range(self.groups):
+                parameters = self.pixels(seen, features, condition)
+                seen = self.scaled(drawing.draw(cursor, step, parameters))
+            for entrance in self.entrances:
+                entrance.write(seen)
+            cursor.leave()
+
+        with self._stepping(drawing) as cursor:
+            coarsest = 2 ** max((layer.scale for layer in self._layers()), default=0)
+            kinds: dict[int, Replayed] = defaultdict(lambda: Replayed(pixel, x.device))
             for row in range(self.shape[1]):
-                cursor.row, cursor.col = row, None
-                line = self.above(self.scaled(x[:, :, row : row + 1]), condition)
-                for col in range(width):
-                    cursor.col = col
-                    over = [None if part is None else _column(part, col, width) for part in line]
-                    pixel = x[:, :, row : row + 1, col : col + 1]  # a view: draws appear in it
-                    for step in range(self.groups):
-                        yield row, col, step, self.pixels(self.scaled(pixel), over, condition)
-                    for entrance in self.entrances:
-                        entrance.write(self.scaled(pixel))
+                cursor.move(row)
+                line.keep(cursor, self.above(self.scaled(cursor.cut(x)), condition))
+                for col in range(self.shape[2]):
+                    cursor.move(row, col)
+                    kinds[math.gcd(row, col, coarsest)]()
+
+    def _layers(self) -> list[Stepwise]:
+        return [layer for layer in self.modules() if isinstance(layer, Stepwise)]
 
     @contextmanager
-    def _stepping(self, rows: int) -> Iterator[Cursor]:
-        cursor = Cursor()
-        layers = [layer for layer in self.modules() if isinstance(layer, Stepwise)]
+    def _stepping(self, drawing: Drawing) -> Iterator[Cursor]:
+        cursor = cursor_for(drawing.x, drawing.known)
         try:
-            for layer in layers:
-                layer.open(cursor, rows, *self.shape[1:])
+            for layer in self._layers():
+                layer.open(cursor, len(drawing.x))
             yield cursor
         finally:
-            for layer in layers:
+            for layer in self._layers():
                 layer.close()
 
     @contextmanager
@@ -249,10 +294,10 @@ class PixelModel(Model):
         """Channels in the order in which they are predicted, in the model's dtype."""
         return x.to(next(self.parameters()).dtype).index_select(1, self.order)
 
-    def _kept(self, given: Tensor | None, known: Tensor | None) -> Tensor:
+    def _kept(self, given: Tensor | None, known: Tensor | None) -> Tensor | None:
         sides = self.shape[1:]
         if given is None and known is None:
-            return torch.zeros(sides, dtype=torch.bool)
+            return None
         if given is None or known is None or known.shape != sides:
             raise ShapeError(
                 f"{type(self).__name__}.sample expects images `given` together with a boolean "
@@ -277,9 +322,3 @@ def _ranks(name: str, channels: int, order: Sequence[int] | None) -> list[int]:
             f"{name} expects order to name each channel 0..{channels - 1} once, got {show(order)}."
         )
     return ranks
-
-
-def _column(row: Tensor, col: int, width: int) -> Tensor:
-    """The features at a column of a row; a row of a smaller size has fewer for the same width."""
-    at = col * row.shape[3] // width
-    return row[..., at : at + 1]

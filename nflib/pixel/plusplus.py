@@ -22,7 +22,8 @@ from nflib.arguments import (
 from nflib.discrete import Head, LogisticMixture
 from nflib.nets import elu2
 from nflib.pixel.cnn import shifts
-from nflib.pixel.model import Features, PixelModel
+from nflib.pixel.cursor import Features
+from nflib.pixel.model import PixelModel
 from nflib.pixel.window import UpConv, WindowConv, pointwise
 
 # Windows of the two streams: rows above and the pixel's own; to the left of the pixel and itself.
@@ -184,8 +185,10 @@ class PixelCNNPP(PixelModel):
 
     def above(self, x: Tensor, condition: Any) -> Features:
         nothing: Features = [None] * len(condition[0])
-        return self.vertical(self.enter_above(x), nothing, condition[0])[1]
+        features = self.vertical(self.enter_above(x), nothing, condition[0])[1]
+        return [*features, self.enter_over(x)]
 
     def pixels(self, x: Tensor, above: Features, condition: Any) -> Tensor:
-        h = self.enter_over(x) + self.enter_left(x)
-        return self.last(elu2(self.horizontal(h, above, condition[1])[0]))
+        *others, over = above
+        h = over + self.enter_left(x)
+        return self.last(elu2(self.horizontal(h, others, condition[1])[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from nflib.arguments import ContextShape, ImageShape, Levels, Odd, Share, Size, checked
 from nflib.discrete import Head, Softmax
 from nflib.pixel.cnn import masked_conv, output_layers, shifts
-from nflib.pixel.model import Features, PixelModel, Step
+from nflib.pixel.cursor import Features
+from nflib.pixel.model import Drawing, PixelModel
 from nflib.pixel.window import WindowConv, channel_mask, pointwise
 
 
@@ -175,14 +176,11 @@ class PixelRNN(PixelModel):
             h = h + widen(self.dropout(layer(h)))
         return self.last(h)
 
-    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
+    def _walk(self, drawing: Drawing, context: Tensor | None) -> None:
         """Every step, by the network over the rows so far: the states begin at the top."""
         condition = self.condition(context)
-        for row in range(self.shape[1]):
-            rows = x[:, :, : row + 1]
-            for col in range(self.shape[2]):
-                for step in range(self.groups):
-                    parameters = self.pixels(self.scaled(rows), [], condition)
-                    yield row, col, step, parameters[:, :, row:, col : col + 1]
+        for cursor, step in self._steps(drawing):
+            rows = self.scaled(drawing.x[:, :, : cursor.row + 1])
+            drawing.draw(cursor, step, cursor.cut(self.pixels(rows, [], condition)))
 
     _walk_cached = _walk

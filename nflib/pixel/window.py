@@ -4,7 +4,7 @@ A window is a range of rows and of columns around a pixel, ``rows=(-1, 0), cols=
 that holds only pixels earlier in raster order (row by row, left to right) keeps a network
 autoregressive. On a whole image a `WindowConv` is an ordinary padded convolution. While a sampler
 walks over the image, every activation is computed once, by the same code of the network: all its
-layers share a cursor, and each is given, and returns, only what lies there.
+layers share a cursor (`nflib.pixel.cursor`), and each is given, and returns, only what lies there.
 
     given: x at the cursor (1 x 1)        the layer's buffer: what it was given so far
                                             . . . . . . .      padding, one row above
@@ -21,7 +21,6 @@ the block that it computed before.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,16 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflib.arguments import ArgumentError, Count, Size, checked, show
+from nflib.pixel.cursor import Cursor
 
 Range = tuple[int, int]
-
-
-@dataclass
-class Cursor:
-    """Where a sampler stands: a pixel, or with ``col=None`` a whole row of ``width`` pixels."""
-
-    row: int = 0
-    col: int | None = None
 
 
 class Stepwise(nn.Module):
@@ -54,19 +46,13 @@ class Stepwise(nn.Module):
         self.scale = scale
         self.cursor: Cursor | None = None
 
-    def open(self, cursor: Cursor, rows: int, height: int, width: int) -> None:
-        """Begin to follow the cursor over ``rows`` images of this (full) size."""
+    def open(self, cursor: Cursor, rows: int) -> None:
+        """Begin to follow the cursor over ``rows`` images."""
         self.cursor = cursor
 
     def close(self) -> None:
         """Back to whole images."""
         self.cursor = None
-
-    def at(self) -> tuple[int, int | None]:
-        """The cursor's row and column at this layer's scale."""
-        assert self.cursor is not None
-        col = self.cursor.col
-        return self.cursor.row >> self.scale, None if col is None else col >> self.scale
 
 
 @checked
@@ -153,10 +139,10 @@ class WindowConv(Stepwise):
             return F.conv2d(F.pad(x, self.padding), self.weight(), self.bias, self.stride)
         return self._step(x)
 
-    def open(self, cursor: Cursor, rows: int, height: int, width: int) -> None:
-        super().open(cursor, rows, height, width)
+    def open(self, cursor: Cursor, rows: int) -> None:
+        super().open(cursor, rows)
         left, right, top, _ = self.padding
-        height, width = height >> self.scale, width >> self.scale
+        height, width = cursor.height >> self.scale, cursor.width >> self.scale
         weight = self.weight().detach()
         tall = max(top, 0) + height
         self._buffer = weight.new_zeros(rows, self.inputs, tall, left + width + max(right, 0))
@@ -168,25 +154,24 @@ class WindowConv(Stepwise):
 
     def write(self, x: Tensor) -> None:
         """Take in what lies at the cursor: one pixel or one row."""
+        assert self.cursor is not None
         assert self._buffer is not None
-        row, col = self.at()
         left, _, top, _ = self.padding
-        start = left if col is None else left + col
-        self._buffer[:, :, row + top, start : start + x.shape[3]].copy_(x[:, :, 0])
+        self.cursor.put(self._buffer, x, self.scale, top, left)
 
     def _step(self, x: Tensor) -> Tensor:
-        row, col = self.at()
-        if self._alone and col is not None:
+        assert self.cursor is not None
+        is_row = self.cursor.col is None
+        if self._alone and not is_row:
             return self._product(x)
         self.write(x)
-        if self.stride > 1 and (row % self.stride or (col or 0) % self.stride):
+        if self.stride > 1 and self.cursor.passes(self.scale + 1):
             return None  # type: ignore[return-value]
         assert self._buffer is not None
-        bottom = row + self.kernel[0]
-        if col is None:
-            rows = self._buffer[:, :, row:bottom]
-            return F.conv2d(rows, self.weight(), self.bias, self.stride)
-        return self._product(self._buffer[:, :, row:bottom, col : col + self.kernel[1]])
+        window = self.cursor.cut(self._buffer, self.scale, self.kernel)
+        if is_row:
+            return F.conv2d(window, self.weight(), self.bias, self.stride)
+        return self._product(window)
 
     def _product(self, window: Tensor) -> Tensor:
         """One pixel, ``(batch, outputs, 1, 1)``."""
@@ -237,27 +222,15 @@ class UpConv(Stepwise):
         if self.cursor is None:
             assert low is not None
             return F.pixel_shuffle(self.conv(low), 2)
-        row, col = self.at()
-        if low is not None:
-            blocks = self.conv(low).unflatten(1, (-1, 2, 2))[..., 0, :]
-            self._keep(blocks, col)
         assert self._buffer is not None
-        line = self._buffer[:, :, row % 2]  # (batch, width, 2, W)
-        if col is None:
-            return line.transpose(2, 3).flatten(2).unsqueeze(2)
-        return line[:, :, col % 2, col // 2, None, None]
+        if low is not None:
+            self.cursor.put(self._buffer, F.pixel_shuffle(self.conv(low), 2), self.scale)
+        return self.cursor.cut(self._buffer, self.scale)
 
-    def _keep(self, blocks: Tensor, col: int | None) -> None:
-        if col is None:
-            self._buffer = blocks
-        else:
-            assert self._buffer is not None
-            self._buffer[..., col // 2] = blocks[..., 0]
-
-    def open(self, cursor: Cursor, rows: int, height: int, width: int) -> None:
-        super().open(cursor, rows, height, width)
-        features = self.conv.in_channels
-        size = (rows, features, 2, 2, (width >> self.scale) // 2)
+    def open(self, cursor: Cursor, rows: int) -> None:
+        super().open(cursor, rows)
+        # The two rows of a block.
+        size = (rows, self.conv.in_channels, 2, cursor.width >> self.scale)
         self._buffer = self.conv.weight.new_zeros(size)
 
     def close(self) -> None:
