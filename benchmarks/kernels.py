@@ -1,4 +1,4 @@
-"""How many operations a training step asks of a device: what a GPU waits for when batches are small.
+"""Operations that a training step asks of a device: what a GPU waits for when batches are small.
 
     python -m benchmarks.kernels                # counts this code, in seconds
     python -m benchmarks.kernels --as before    # the same under another name
