@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nflib.arguments import checked
+from nflib.arguments import Size, checked
 from nflib.cache import fresh, is_traced
 
 # Takes a function without arguments; returns what runs it again, and what it returned.
@@ -64,12 +64,13 @@ class Replayed:
         obstacle: why the function is not recorded, in words, or None.
     """
 
+    @checked
     def __init__(
         self,
         function: Callable[..., Any],
         device: torch.device,
         enabled: bool = True,
-        warm_up: int = WARM_UP,
+        warm_up: Size = WARM_UP,
     ) -> None:
         self.function, self.warm_up = function, warm_up
         self.record = recorder_for(device) if enabled else None

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nflib.arguments import checked
 from nflib.autoregressive import MaskedLinear
 from nflib.cache import ready
 from nflib.convolution import Invertible1x1Conv
@@ -44,6 +45,7 @@ class Prepared:
         model: any model; one without such layers has nothing to prepare.
     """
 
+    @checked
     def __init__(self, model: nn.Module) -> None:
         alone = {
             inner for m in model.modules() if isinstance(m, Reversible) for inner in m.modules()

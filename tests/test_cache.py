@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nflib import models
-from nflib.cache import cached, kept
+from nflib.cache import cached, fresh, kept, made_ready, ready
 from nflib.checks import randomize_parameters
 from nflib.convolution import Invertible1x1Conv
 from nflib.core import Layer
@@ -165,3 +165,46 @@ def test_a_block_for_another_model_leaves_the_outer_ones_kept() -> None:
     with cached(outer), cached(inner):
         outer.weight(), outer.weight(), inner.weight(), inner.weight()
     assert outer.calls == inner.calls == 1
+
+
+@torch.no_grad()
+def test_a_recording_makes_its_own_and_leaves_what_is_kept() -> None:
+    layer = Twice()
+    with cached(layer):
+        mine = layer.weight()
+        with fresh():
+            assert layer.weight() is not mine
+            layer.weight()
+        assert layer.calls == 3
+        assert layer.weight() is mine
+
+
+def test_what_was_made_ready_is_found_by_its_module_and_by_no_compiler() -> None:
+    layer, other = Twice(), Twice()
+    made = 3 * layer.matrix
+    with ready({layer: made}):
+        assert layer.weight() is made  # with its graph
+        assert made_ready() == {layer: made}
+        other.weight()
+        assert torch.func.vmap(lambda x: x * (made_ready() is None))(torch.ones(2)).all()
+    assert (layer.calls, other.calls) == (0, 1)
+    assert made_ready() is None
+    layer.weight()
+    assert layer.calls == 1
+
+
+def test_an_error_ends_what_was_made_ready() -> None:
+    layer = Twice()
+    with pytest.raises(KeyError), ready({layer: layer.matrix}):
+        raise KeyError
+    assert made_ready() is None
+
+
+@torch.no_grad()
+def test_what_is_ready_goes_before_what_is_kept() -> None:
+    layer = Twice()
+    with cached(layer):
+        layer.weight()
+        with ready({layer: torch.zeros(2, 2)}):
+            assert layer.weight().sum() == 0
+        assert layer.weight()[0, 0] == 2

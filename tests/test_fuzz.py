@@ -34,24 +34,27 @@ from nflib.pixel import PixelModel
 from nflib.wavenet import CausalStack, ParallelWaveNet, WaveNet
 
 FLOORS = """
-arguments cache rootfinding core checks elementwise coupling autoregressive linear convolution
-normalization multiscale dequantization planar mixer nets discrete domains reversible models pixel
-wavenet
+arguments cache graphs rootfinding core checks elementwise coupling autoregressive linear
+convolution normalization multiscale dequantization planar precision prepared mixer nets discrete
+domains reversible models pixel wavenet
 """.split()
 
 # Arithmetic that layers do in every step, where a check would cost time, and what speaks for the
 # class or function that calls it.
 HELPERS = """
 arguments.checked arguments.integer arguments.number arguments.real arguments.show arguments.whole
-cache.kept cache.is_traced rootfinding.solve_increasing
+cache.fresh cache.is_traced cache.kept cache.made_ready cache.ready
+graphs.beside graphs.record_on_gpu graphs.recorder_for graphs.replayed rootfinding.solve_increasing
 core.check_finite core.check_levels core.check_values core.describe core.expand_log_det core.fits
 core.full_precision core.in_turn core.is_known core.log_det_dtype core.log_normal
 core.require_bijection core.sum_event core.sum_log_det core.zeros_log_det
 elementwise.invert_logit_mixture elementwise.logit_mixture
-linear.check_invertible linear.permutation linear.place linear.random_rotation linear.reflect
-linear.refresh_inverse_order linear.solve_matrix linear.solve_triangle
+linear.check_invertible linear.factors linear.permutation linear.place linear.random_rotation
+linear.reflect linear.refresh_inverse_order linear.solve_matrix linear.solve_triangle
 convolution.rotation_kernel normalization.centre_and_spread normalization.moments
 planar.at_least planar.log_stretch planar.positive planar.solve_tanh planar.times
+precision.is_wide precision.matrices_of precision.of_network
+prepared.Joints prepared.Masked prepared.pairs
 nets.elu2 nets.equal_widths nets.in_place nets.normed_weight nets.shape_of nets.vector_context
 nets.widths nets.zero_init discrete.check_integers discrete.logistic_bin discrete.rows_for
 reversible.compiled_whole reversible.obstacle reversible.parts reversible.replay reversible.run
@@ -76,6 +79,11 @@ convolution = {"channels": 2, "kernel_size": 3, "bias": True}
 
 VALID: dict[str, dict[str, Any]] = {
     "cache.cached": {"model": flow},
+    "graphs.HostReads": {},
+    "graphs.Replayed": {
+        **{"function": torch.sin, "device": torch.device("cpu"), "enabled": True, "warm_up": 2}
+    },
+    "graphs.captured": {"model": flow},
     "core.Base": {"shape": 3},
     "core.Bijection": {},
     "core.Compose": {"*layers": (LU(3), Diagonal(3))},
@@ -155,6 +163,7 @@ VALID: dict[str, dict[str, Any]] = {
     "planar.Planar": {"dim": 4, "context_dim": 2},
     "planar.Radial": {"dim": 4, "context_dim": 2},
     "planar.Sylvester": {"dim": 4, "rank": 2, "context_dim": 2},
+    "prepared.Prepared": {"model": flow},
     "mixer.AlongChannels": {"bijection": LU(3)},
     "mixer.AlongPatches": {"bijection": LU(3)},
     "mixer.Bands": {"shape": (2, 4, 4), "rows": 2},
@@ -232,7 +241,7 @@ VALID: dict[str, dict[str, Any]] = {
         **{"batch_size": 3, "lr": 1e-3, "weight_decay": 0.1, "schedule": "cosine", "warmup": 1},
         **{"clip": 5.0, "ema": 0.5, "validate_every": 1, "patience": 1, "loss": None, "seed": 0},
         **{"checkpoint": None, "save_every": 9.0, "resume": False, "progress": False},
-        **{"mixed_precision": "no", "compile": False},
+        **{"mixed_precision": "no", "compile": False, "capture": True},
     },
     "data.card": {"name": "moons"},
     "data.load": {"name": "moons", "split": "train", "n": 4, "seed": 0, "download": False},
@@ -267,8 +276,12 @@ CALLS = {
     "linear.Permutation.order": "3",
     "metrics.bits_per_dim.dims": "() (3,)",
     "metrics.bits_per_dim.log_prob": "0 -1 nan tensor",
-    # Any module can be shaken and saved, and kept nothing of.
+    # Any module can be shaken and saved, and kept nothing of. To replay, and to prepare, a model
+    # needs no layers of a kind.
     "cache.cached.model": "module",
+    "graphs.captured.model": "module",
+    "graphs.Replayed.function": "class",
+    "prepared.Prepared.model": "module",
     "checks.randomize_parameters.module": "module",
     "checkpoints.save.model": "module",
     # An event's shape will do.
@@ -339,7 +352,7 @@ def call(key: str, arguments: dict[str, Any]) -> Any:
     many = [value for name, value in arguments.items() if name[0] == "*"]
     torch.manual_seed(0)
     made = find(key)(*named.values(), *many[0]) if many else find(key)(**named)
-    if key == "cache.cached":
+    if key in ("cache.cached", "graphs.captured"):
         with made:
             pass
     return made

@@ -203,3 +203,75 @@ def test_the_walk_through_a_maf_reads_no_value() -> None:
     with HostReads() as reads:
         sampled(flow, [4])
     assert reads.found == []
+
+
+def test_what_a_caller_hands_over_and_gets_stays_as_it_is(recorded: list[object]) -> None:
+    """Inputs are read and not held; what `replayed` returns is no place that is written to."""
+    layer = MaskedAutoregressive(5, Affine(), 16)
+    checks.randomize_parameters(layer)
+    inputs = [torch.randn(4, 5) for _ in range(5)]
+    copies = [z.clone() for z in inputs]
+    with torch.no_grad():
+        expected = [layer.inverse(z) for z in inputs]
+        with captured(layer):
+            found = [layer.inverse(z) for z in inputs]
+    double = Replayed(lambda x: 2 * x, CPU)
+    for z in inputs:
+        double(z)
+    assert all(map(torch.equal, inputs, copies))
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+    assert len(recorded) == 2
+
+
+def test_another_dtype_runs_as_it_is(recorded: list[object]) -> None:
+    third = Replayed(lambda x: x / 3, CPU)
+    for _ in range(WARM_UP + 2):
+        third(torch.ones(2))
+    double = third(torch.ones(2, dtype=torch.float64))
+    assert double.dtype == torch.float64
+    assert double.tolist() == [1 / 3] * 2
+
+
+def test_it_can_be_turned_off(recorded: list[object]) -> None:
+    double = Replayed(lambda x: 2 * x, CPU, enabled=False)
+    for _ in range(WARM_UP + 2):
+        assert double(torch.ones(1)).item() == 2
+    assert recorded == []
+    assert double.obstacle is None
+
+
+def test_a_recording_that_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fail(function: object) -> None:
+        tried.append(function)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("nflib.graphs.recorder_for", lambda device: fail)
+    run = Replayed(lambda x: 2 * x, CPU)
+    for _ in range(WARM_UP + 4):
+        run(torch.ones(1))
+    assert len(tried) == 1
+
+
+def test_only_the_captured_models_layers_are_replayed(recorded: list[object]) -> None:
+    flow, other = models.maf(5, 1, 16), models.maf(5, 1, 16)
+    with captured(flow):
+        sampled(other, [4] * 3)
+        assert recorded == []
+        sampled(flow, [4] * 3)
+    assert len(recorded) == 1
+
+
+def test_indexing_by_numbers_reads_nothing_and_a_copy_to_the_cpu_does() -> None:
+    x = torch.randn(4, 3)
+    with HostReads() as reads:
+        x[torch.tensor([2, 0])] = x[torch.tensor([0, 1])]
+        x.to(torch.float64), x.cpu(), x.to("cpu", torch.float64)
+    assert reads.found == []
+    # A device without numbers stands for a GPU: torch refuses the copy, but it was asked for it.
+    with HostReads() as reads, pytest.raises(NotImplementedError):
+        torch.ones(2, device="meta").cpu()
+    assert [line.split(" in ")[0] for line in reads.found] == ["a copy to the CPU"]

@@ -13,7 +13,7 @@ from nflib.core import Bijection
 from nflib.coupling import Coupling, channels, halves
 from nflib.elementwise import Affine
 from nflib.nets import MLP, ConvNet
-from nflib.precision import WIDE
+from nflib.precision import WIDE, is_wide, matrices_of
 
 
 def coupling(hidden: tuple[int, ...]) -> Coupling:
@@ -55,3 +55,17 @@ def test_wide_networks_follow_autocast_and_narrow_ones_do_not(name: str, directi
     assert z.dtype == log_det.dtype == torch.float32
     assert torch.equal(log_det, exact_log_det) != is_wide
     torch.testing.assert_close(z, exact, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:MADE expects hidden layers")
+def test_each_matrix_of_a_network_counts() -> None:
+    assert not is_wide([(WIDE, 1), (1, WIDE), (WIDE - 1, WIDE - 1)])
+    assert is_wide([(1, 1), (WIDE, WIDE)])
+    # Numbers under a 3x3 kernel: 16 channels make 144 of them.
+    network = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(16, WIDE, 3))
+    assert matrices_of(network) == [(7, 5), (WIDE, 144)]
+    # The first matrix of the first MADE is wide, the last one of the second, which has two outputs
+    # for each number.
+    assert maf(WIDE, (WIDE, 2)).is_wide
+    assert maf(WIDE // 2, (WIDE,)).is_wide
+    assert not maf(WIDE // 2, (WIDE // 2,)).is_wide

@@ -170,3 +170,42 @@ def test_under_autocast_matrices_stay_in_float32(name: str) -> None:
         found = flow(x)
     # Networks this narrow do not follow autocast, and nothing else may.
     torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-3)
+
+
+def test_one_matrix_in_its_natural_order_says_nothing_about_the_others() -> None:
+    lus = [LU(5, bias=False, weight=torch.eye(5)), LU(5, bias=False), LU(5, bias=False)]
+    flow = Flow(Compose(*(layer for lu in lus for layer in (ActNorm(5), lu))), StandardNormal(5))
+    flow = flow.double()
+    checks.randomize_parameters(flow)
+    natural = [lu.order.tolist() == [0, 1, 2, 3, 4] for lu in lus]
+    assert natural[0]
+    assert not all(natural)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    expected = flow(x)
+    with Prepared(flow)():
+        torch.testing.assert_close(flow(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_that_compute_anew_on_the_way_back_have_nothing_prepared() -> None:
+    for name in ("mixerflow", "maf"):
+        flow = settled(*MODELS[name])
+        plain = Prepared(flow)
+        assert plain.joints or plain.masked
+        reversible.turn_on(flow)
+        alone = Prepared(flow)
+        assert alone.joints == []
+        assert alone.masked is None
+
+
+def test_parts_of_two_dtypes_are_prepared_apart() -> None:
+    def part(dtype: torch.dtype) -> Compose:
+        layers = [layer for _ in range(2) for layer in (ActNorm(4), LU(4, bias=False))]
+        return Compose(*layers).to(dtype)
+
+    both = nn.ModuleList(map(part, (torch.float32, torch.float64)))
+    checks.randomize_parameters(both)
+    inputs = [torch.randn(3, 4), torch.randn(3, 4, dtype=torch.float64)]
+    expected = [layers(x) for layers, x in zip(both, inputs, strict=True)]
+    with Prepared(both)():
+        for layers, x, want in zip(both, inputs, expected, strict=True):
+            torch.testing.assert_close(layers(x), want)

@@ -172,3 +172,44 @@ def test_a_step_never_waits_for_the_device(recorded: list[Tape], name: str) -> N
     with HostReads() as reads:
         step(x[:64])
     assert reads.found == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tf32_lasts_as_long_as_the_run(fails: bool) -> None:
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    seen = []
+
+    def loss(model: Flow, x: Tensor) -> Tensor:
+        seen.append(settings())
+        if fails:
+            raise KeyError
+        return -model(x).mean()
+
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        before = settings()
+        assert before == ("highest", False)
+        for name in ("no", "tf32"):
+            with pytest.raises(KeyError) if fails else warnings.catch_warnings():
+                run(*MODELS["maf"], steps=1, warmup=0, loss=loss, mixed_precision=name)
+            assert settings() == before
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert seen[0] == before
+    assert seen[-1] == ("high", True)
+
+
+def test_averaged_weights_are_judged_with_the_statistics_of_today() -> None:
+    """What a BatchNorm has gathered is no weight: it is the same with and without an average."""
+    make, x = MODELS["batch norm"]
+    found = []
+    for ema in (None, 0.9):
+        torch.manual_seed(3)
+        model = make()
+        fit(model, x, steps=9, batch_size=64, ema=ema, progress=False)
+        found.append(dict(model.named_buffers()))
+    assert any("mean" in name for name in found[0])
+    for name, buffer in found[0].items():
+        assert torch.equal(buffer, found[1][name]), name

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "mutants.json"
 # What the tests of nflib need; the chapters and the site are left behind.
 COPIED = ("nflib", "tests", "benchmarks", "tools", "pyproject.toml")
-HELPERS = ("layers", "students")
+HELPERS = ("layers", "students", "tape")
 # None of the faults is one that only a compiler shows, and compiling takes most of the time.
 # To look for pytest's plugins takes longer than a test.
 QUIET = ("TORCHDYNAMO_DISABLE", "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TQDM_DISABLE", "OMP_NUM_THREADS")
