@@ -818,3 +818,33 @@ def test_real_files(name: str) -> None:
         if d.lengths is not None:
             assert d.lengths.min() > 1000
             assert (d.x[0, d.lengths[0] :] == 0).all()
+
+
+def test_data_in_a_folder_need_no_downloader(tmp_path: Path) -> None:
+    """On a machine without a network nobody has to install what downloads."""
+    code = f"""
+        import sys
+        sys.modules["pooch"] = None  # an import of it fails
+        from pathlib import Path
+        from nflib.data import downloads
+        content = bytes(range(64))
+        path = Path({str(tmp_path)!r}) / "some" / "file"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        import hashlib
+        wanted = downloads.File("some/file", 64, hashlib.sha256(content).hexdigest())
+        assert downloads.fetch(wanted, "some") == path
+        path.write_bytes(content[1:])
+        try:
+            downloads.fetch(wanted, "some")
+        except downloads.DataError as error:
+            print(error)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NFLIB_DATA": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "found damaged at" in run.stdout

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.timing import seconds_of
+from benchmarks.gpu.weights import DIGITS
 from benchmarks.maf_sampling import naive
 from benchmarks.pixel_sampling import MODELS
-from benchmarks.spoken_digits import MODEL as DIGITS
 from nflib import audio, models
 from nflib.autoregressive import MaskedAutoregressive
 from nflib.core import Flow
