@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nflib import checks, models, reversible
 from nflib.autoregressive import MaskedAutoregressive, MaskedLinear
-from nflib.core import Compose, Flow, StandardNormal
+from nflib.core import Bijection, Compose, Flow, StandardNormal
 from nflib.elementwise import Affine
 from nflib.linear import LU
 from nflib.normalization import ActNorm
@@ -209,3 +209,23 @@ def test_parts_of_two_dtypes_are_prepared_apart() -> None:
     with Prepared(both)():
         for layers, x, want in zip(both, inputs, expected, strict=True):
             torch.testing.assert_close(layers(x), want)
+
+
+class Doubled(Bijection):
+    """A layer of somebody's own that does not say what it takes and returns."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.repeat(1, 2), x.new_zeros(len(x))
+
+    def output_shape(self, shape: object) -> None:
+        return None
+
+
+def test_what_reaches_a_pair_is_checked_like_what_reaches_a_layer() -> None:
+    pairs = [layer for _ in range(2) for layer in (ActNorm(6), LU(6, bias=False))]
+    layers = Compose(Doubled(), *pairs)
+    assert layers(torch.randn(3, 3))[0].shape == (3, 6)
+    with Prepared(layers)():
+        assert layers(torch.randn(3, 3))[0].shape == (3, 6)
+        with pytest.raises(ValueError, match="ActNorm expects shape"):
+            layers(torch.randn(3, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tape import Tape
 from torch import Tensor, nn
 
-from nflib import data, models
+from nflib import checkpoints, data, models
 from nflib.core import Flow
 from nflib.graphs import WARM_UP, HostReads
 from nflib.train import GraphWarning, NonFiniteError, fit
@@ -213,3 +214,41 @@ def test_averaged_weights_are_judged_with_the_statistics_of_today() -> None:
     assert any("mean" in name for name in found[0])
     for name, buffer in found[0].items():
         assert torch.equal(buffer, found[1][name]), name
+
+
+def spoilt_run(bad_step: int, **options: Any) -> tuple[nn.Module, str, int]:
+    """The model, the message, and which row was the bad one of a run that ends on it."""
+    x = POINTS.abs() + 0.1
+    row = int(torch.randperm(200, generator=torch.Generator().manual_seed(0))[bad_step * 8 + 5])
+    x[row] = -1.0
+    torch.manual_seed(3)
+    model = models.maf(6, 2, 16)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(
+            model, x, steps=25, batch_size=8, progress=False,
+            loss=lambda model, x: -model(x.log()).mean(), **options,
+        )  # fmt: skip
+    return model, str(caught.value), row
+
+
+@pytest.mark.parametrize("bad_step", [2, 7, 13, 21])
+def test_a_bad_step_is_named_though_nobody_looked_for_steps(
+    recorded: list[Tape], monkeypatch: pytest.MonkeyPatch, bad_step: int
+) -> None:
+    """The steps behind it are good ones, and change nothing either."""
+    model, message, row = spoilt_run(bad_step)
+    assert len(recorded) == 1
+    assert message.startswith(f"The training stopped at step {bad_step} on ")
+    assert f"row {row} of data" in message
+    no_recorder(monkeypatch)
+    plain = spoilt_run(bad_step)[0]
+    for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_state_behind_a_bad_step_is_written(recorded: list[Tape], tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    spoilt_run(13, checkpoint=path, save_every=0.0)
+    progress = checkpoints.read(path)[1]["progress"]
+    assert progress["step"] == progress["loss_count"] == 13
+    assert math.isfinite(progress["loss_sum"])
