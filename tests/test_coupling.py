@@ -286,3 +286,15 @@ def test_a_conditioner_names_one_parameter_of_all_entries_after_the_other() -> N
     scale, shift = torch.tensor([0.1, 0.2]), torch.tensor([3.0, 4.0])
     z, _ = Coupling(halves(4), Affine(bound=100.0), Named)(x)
     torch.testing.assert_close(z[:, 2:], x[:, 2:] * scale.exp() + shift)
+
+
+def test_within_its_limit_a_conditioner_sees_both_signs() -> None:
+    layer = Coupling(halves(2), Affine(), mlp, limit=2.0)
+    randomize_parameters(layer)
+    # What is kept, from below the limit to above it, beside a one that is moved.
+    kept = torch.tensor([-9.0, -2.0, -1.0, 0.0, 1.0, 2.0, 9.0])
+    z, _ = layer(torch.stack([kept, torch.ones(7)], 1))
+    moved = z[:, 1]
+    assert torch.equal(moved[0], moved[1])
+    assert torch.equal(moved[5], moved[6])
+    assert len(moved[1:6].unique()) == 5
