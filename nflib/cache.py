@@ -75,13 +75,14 @@ def fresh() -> Iterator[None]:
     """Inside of the block nothing is taken from what is kept: a recording needs its own."""
     token = _kept.set(None)
     try:
-        yield
+        with ready(None):
+            yield
     finally:
         _kept.reset(token)
 
 
 @contextmanager
-def ready(made: dict[nn.Module, Any]) -> Iterator[None]:
+def ready(made: dict[nn.Module, Any] | None) -> Iterator[None]:
     """Inside of the block these modules find what they need of their parameters."""
     token = _ready.set(made)
     try:

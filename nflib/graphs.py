@@ -143,7 +143,7 @@ def captured(model: nn.Module) -> Iterator[None]:
     on a CPU, nothing is recorded. The samplers of PixelCNN and WaveNet need no such block: they
     replay their steps within one call.
     """
-    token = _loops.set(dict.fromkeys(model.modules()))
+    token = _loops.set(dict.fromkeys(model.modules()) | (_loops.get() or {}))
     try:
         yield
     finally:
@@ -155,7 +155,10 @@ def replayed(owner: nn.Module, function: Callable[..., Any], *inputs: Tensor) ->
     loops = None if is_traced() or torch.is_grad_enabled() else _loops.get()
     if loops is None or owner not in loops:
         return function(*inputs)
-    key = (owner, function.__name__, *((i.shape, i.dtype, i.device) for i in inputs))
+    device = inputs[0].device.type
+    narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    mode = (owner.training, narrow)  # what else decides which operations there are
+    key = (owner, function.__name__, mode, *((i.shape, i.dtype, i.device) for i in inputs))
     loop = loops.get(key)
     if loop is None:
         loop = loops[key] = Replayed(_apart(function), inputs[0].device, warm_up=1)
