@@ -121,7 +121,7 @@ class Replayed:
         try:
             self.replay, self.result = self.record(lambda: self.function(*self.inputs))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.record, self.obstacle = None, f"it cannot be recorded ({reason})"
 
 
@@ -235,15 +235,19 @@ class HostReads(TorchDispatchMode):
 
     def _leaves(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a tensor is copied from an accelerator to the CPU."""
-        target = kwargs.get("device")
-        if name != "_to_copy" or target is None:
+        if name == "copy_":
+            target, source = args[0].device, args[1]
+        else:
+            target, source = kwargs.get("device"), args[0] if args else None
+        if name not in ("copy_", "_to_copy") or target is None:
             return False
-        return torch.device(target).type == "cpu" and args[0].device.type != "cpu"
+        return torch.device(target).type == "cpu" and source.device.type != "cpu"
 
 
 _WORDS = {
     "_local_scalar_dense": "a number read from a tensor",
     "_to_copy": "a copy to the CPU",
+    "copy_": "a copy to the CPU",
     "index": "indexing by a mask",
     "index_put_": "writing by a mask",
 }

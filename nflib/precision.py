@@ -3,8 +3,8 @@
 Casting a matrix of activations costs reading and writing it once more; what it saves is part of the
 time of the product. Per number read, a product with a ``d x d`` matrix does d multiplications, so a
 wide network gains and a narrow one loses. A GPU that starts every cast as a kernel of its own loses
-more: a MixerFlow with networks of width 128 on vectors of 28 numbers took 34 ms a step in bfloat16
-and 23 ms in float32 (one H200, eager).
+more: a MixerFlow with networks from 14 numbers by way of 128 to 28 took 34 ms a step in bfloat16
+and 23 ms in float32 (one H200, eager). Where the gain begins has not been measured.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ The results are the same up to rounding, gradients included. `nflib.train.fit` t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -39,7 +40,9 @@ from nflib.reversible import Reversible
 class Prepared:
     """Makes what a model's layers share in making; see this module.
 
-    Layers of a `nflib.reversible.Reversible` are left alone: they compute anew on the way back.
+    Layers of a `nflib.reversible.Reversible` are left alone: they compute anew on the way back. So
+    are an ActNorm that stands in several places, and layers with hooks, which somebody watches.
+    Weights may change and be loaded; a model that moves, or gets other layers, needs a new one.
 
     Args:
         model: any model; one without such layers has nothing to prepare.
@@ -96,7 +99,7 @@ class Masked:
         }
 
 
-class Affine(NamedTuple):
+class AffineMap(NamedTuple):
     """``z = W x + c`` on vectors, or on the channel vector of every pixel."""
 
     weight: Tensor
@@ -118,37 +121,35 @@ class Joints:
     def __init__(self, pairs: list[tuple[ActNorm, LU]]) -> None:
         self.norms = [norm for norm, _ in pairs]
         self.lus = [lu for _, lu in pairs]
-        self.sign = torch.stack([lu.sign for lu in self.lus])
-        order = torch.stack([lu.order for lu in self.lus])
-        is_natural = bool((order == torch.arange(order.shape[1], device=order.device)).all())
-        self.order = None if is_natural else order[:, :, None].expand(-1, -1, order.shape[1])
 
     def maps(self) -> dict[nn.Module, Any]:
         """For each ActNorm the map of its pair."""
         packed = torch.stack([lu.packed for lu in self.lus])
         log_scale = torch.stack([norm.log_scale for norm in self.norms])
         bias = torch.stack([norm.bias for norm in self.norms])
-        lower, upper = factors(packed, self.sign)
+        # Signs and permutations are part of a state that may be loaded: read anew each time.
+        sign, order = (torch.stack([getattr(lu, n) for lu in self.lus]) for n in ("sign", "order"))
+        lower, upper = factors(packed, sign)
         with full_precision(packed):
-            matrix = torch.baddbmm(upper, lower, upper)
-            if self.order is not None:
-                matrix = matrix.gather(1, self.order)
+            matrix = torch.baddbmm(upper, lower, upper).gather(
+                1, order[:, :, None].expand_as(packed)
+            )
             weight = matrix * log_scale.exp().unsqueeze(1)
             shift = torch.bmm(weight, bias.unsqueeze(2)).squeeze(2)
         log_det = (packed.diagonal(dim1=1, dim2=2) + log_scale).sum(1)
         parts = zip(weight.unbind(), shift.unbind(), log_det.unbind(), strict=True)
-        return {norm: Affine(*part) for norm, part in zip(self.norms, parts, strict=True)}
+        return {norm: AffineMap(*part) for norm, part in zip(self.norms, parts, strict=True)}
 
 
 def pairs(modules: Iterable[nn.Module]) -> Iterator[tuple[ActNorm, LU]]:
     """Each ActNorm right before an LU without a bias, or before a 1x1 convolution by one."""
-    for module in modules:
-        if not isinstance(module, Compose):
-            continue
-        layers = list(module)
+    compositions = [list(module) for module in modules if isinstance(module, Compose)]
+    places = Counter(layer for layers in compositions for layer in layers)
+    for layers in compositions:
         for first, second in zip(layers, layers[1:], strict=False):
             lu = _lu(second)
-            if type(first) is ActNorm and lu is not None:
+            is_watched = bool(first._forward_hooks or second._forward_hooks)
+            if type(first) is ActNorm and lu is not None and places[first] == 1 and not is_watched:
                 yield first, lu
 
 

@@ -14,6 +14,8 @@ from nflib.cache import cached, fresh
 from nflib.core import Flow
 from nflib.elementwise import Affine
 from nflib.graphs import WARM_UP, HostReads, Replayed, captured
+from nflib.precision import WIDE
+from nflib.prepared import Prepared
 
 CPU = torch.device("cpu")
 
@@ -272,6 +274,60 @@ def test_indexing_by_numbers_reads_nothing_and_a_copy_to_the_cpu_does() -> None:
         x.to(torch.float64), x.cpu(), x.to("cpu", torch.float64)
     assert reads.found == []
     # A device without numbers stands for a GPU: torch refuses the copy, but it was asked for it.
-    with HostReads() as reads, pytest.raises(NotImplementedError):
-        torch.ones(2, device="meta").cpu()
-    assert [line.split(" in ")[0] for line in reads.found] == ["a copy to the CPU"]
+    far = torch.ones(2, device="meta")
+    for copy_it in (far.cpu, lambda: torch.ones(2).copy_(far)):
+        with HostReads() as reads, pytest.raises(NotImplementedError):
+            copy_it()
+        assert [line.split(" in ")[0] for line in reads.found] == ["a copy to the CPU"]
+
+
+def test_a_recording_serves_its_own_mode_and_precision(recorded: list[object]) -> None:
+    """Dropout, and matrix products that autocast makes narrow, are other operations."""
+    layer = MaskedAutoregressive(5, Affine(), (WIDE, WIDE), dropout=0.5)
+    checks.randomize_parameters(layer)
+    z = torch.randn(4, 5)
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).eval().inverse(z)[0]
+        with captured(layer):
+            for _ in range(3):
+                layer.train().inverse(z)
+                layer.eval()
+                with torch.autocast("cpu", torch.bfloat16):
+                    narrow = layer.inverse(z)[0]
+                got = layer.inverse(z)[0]
+    assert torch.equal(got, exact)
+    assert not torch.equal(narrow, exact)
+    assert len(recorded) == 3
+
+
+def test_a_block_in_a_block_goes_on_with_both(recorded: list[object]) -> None:
+    outer, inner = models.maf(5, 1, 16), models.maf(5, 1, 16)
+    with captured(outer):
+        sampled(outer, [4, 4])
+        with captured(inner):
+            sampled(inner, [4, 4])
+            sampled(outer, [4])
+        sampled(outer, [4])
+    assert len(recorded) == 2
+
+
+def test_what_was_prepared_is_not_recorded(recorded: list[object]) -> None:
+    flow = models.maf(5, 2, 16)
+    prepared = Prepared(flow)
+    with captured(flow):
+        for _ in range(4):
+            checks.randomize_parameters(flow)
+            with prepared():
+                got = sampled(flow, [4])[0]
+            assert torch.equal(got, sampled(copy.deepcopy(flow), [4])[0])
+
+
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("nflib.graphs.recorder_for", lambda device: fail)
+    run = Replayed(torch.sin, CPU)
+    for _ in range(WARM_UP + 1):
+        run(torch.ones(1))
+    assert run.obstacle == "it cannot be recorded (RuntimeError)"

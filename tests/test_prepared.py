@@ -229,3 +229,39 @@ def test_what_reaches_a_pair_is_checked_like_what_reaches_a_layer() -> None:
         assert layers(torch.randn(3, 3))[0].shape == (3, 6)
         with pytest.raises(ValueError, match="ActNorm expects shape"):
             layers(torch.randn(3, 4))
+
+
+def test_what_is_loaded_after_it_was_made_counts() -> None:
+    """Signs and permutations of an LU are buffers, which another model's state replaces."""
+    make, x = MODELS["glow"]
+    flow = settled(make, x)
+    prepared = Prepared(flow)
+    torch.manual_seed(1)
+    other = make().double()
+    checks.randomize_parameters(other)
+    flow.load_state_dict(other.state_dict())
+    with prepared():
+        torch.testing.assert_close(flow(x), other.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_an_actnorm_in_two_places_acts_in_both() -> None:
+    shared = ActNorm(4)
+    layers = [shared, LU(4, bias=False), shared, ActNorm(4), LU(4, bias=False)]
+    flow = Flow(Compose(*layers, ActNorm(4), LU(4, bias=False)), StandardNormal(4)).double()
+    checks.randomize_parameters(flow)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    expected = flow(x)
+    prepared = Prepared(flow)
+    assert [len(joints.norms) for joints in prepared.joints] == [2]
+    with prepared():
+        torch.testing.assert_close(flow(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_that_somebody_watches_are_called() -> None:
+    flow = settled(*MODELS["mixerflow"])
+    seen = []
+    watched = next(module for module in flow.modules() if isinstance(module, LU))
+    watched.register_forward_hook(lambda *_: seen.append(1))
+    with Prepared(flow)():
+        flow(IMAGES)
+    assert seen == [1]

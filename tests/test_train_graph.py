@@ -252,3 +252,25 @@ def test_no_state_behind_a_bad_step_is_written(recorded: list[Tape], tmp_path: P
     progress = checkpoints.read(path)[1]["progress"]
     assert progress["step"] == progress["loss_count"] == 13
     assert math.isfinite(progress["loss_sum"])
+
+
+def test_a_run_resumes_into_a_model_that_started_elsewhere(tmp_path: Path) -> None:
+    """What a checkpoint stores of an LU, its permutation and signs, counts from the first step."""
+    path = tmp_path / "run.safetensors"
+
+    def trained(seed: int, steps: int, resume: bool) -> nn.Module:
+        torch.manual_seed(seed)
+        model = models.glow((1, 8, 8), 1, 2, 8, grey_levels=17)
+        fit(
+            model, DIGITS, steps=steps, batch_size=64, schedule="constant", progress=False,
+            checkpoint=path, resume=resume,
+        )  # fmt: skip
+        return model
+
+    trained(0, 5, resume=False)
+    kept = path.read_bytes()
+    same = trained(0, 10, resume=True)
+    path.write_bytes(kept)
+    other = trained(1, 10, resume=True)
+    for a, b in zip(same.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)

@@ -22,7 +22,7 @@ def gather(out: Path, runs: Path) -> dict[str, str]:
     for name in WORTH:
         found = next(runs.glob(f"*/{name}.safetensors"), None)
         kept = out / f"{name}.safetensors"
-        # On another machine there is only what an earlier session has kept.
+        # On another machine there is only what an earlier run has kept.
         path = found or (kept if kept.is_file() else None)
         if path is None:
             continue

@@ -68,7 +68,9 @@ def stepping(
     # The profiler of a CPU sees what was compiled only if it announces itself.
     seen = inductor.patch({"cpp.enable_kernel_profile": place.device == "cpu"})
     with seen, matrix_precision(precision), compiled(model, how.compile) as wrap:
-        step = Step(model, likelihood, autocast=partial(autocast, place, precision))
+        step = Step(
+            model, likelihood, autocast=partial(autocast, place, precision), compiled=how.compile
+        )
         step.call = wrap(model)
         step.rate.fill_(lr)
         yield Replayed(step, torch.device(place.device), how.capture)

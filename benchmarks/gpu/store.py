@@ -44,8 +44,8 @@ class Store:
 
     Args:
         path: of the file.
-        facts: command, hardware and so on of this session. If rows of an earlier one were measured
-            on other hardware, the rows of this session say theirs.
+        facts: command, hardware and so on of this run. If rows of an earlier one were measured on
+            other hardware, the rows of this run say theirs.
     """
 
     def __init__(self, path: Path, facts: Json) -> None:
@@ -66,7 +66,7 @@ class Store:
         return [name for name in self.names if name not in settled]
 
     def add(self, name: str, row: Any, seconds: float) -> None:
-        """A row, and how long this session has taken so far."""
+        """A row, and how long this run has taken so far."""
         self.rows[name] = row | self.own if isinstance(row, dict) else row
         self.save(seconds)
 

@@ -1,7 +1,8 @@
 """``torch.compile`` in pieces: each kind of layer is compiled once, however many there are.
 
 A whole model takes the compiler longer with every layer. Layers of one kind, which differ in their
-weights and in nothing else, share what was compiled for the first of them.
+weights and in nothing else, share what was compiled for the first of them. What stands inside an
+`Inverse` runs the other way and is left as it is: for a MAF that way is D steps, one after another.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def regions(model: nn.Module) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            is_whole = isinstance(child, Layer) and not isinstance(
-                child, Compose | Inverse | MultiScale
-            )
+            if isinstance(child, Inverse):
+                continue
+            is_whole = isinstance(child, Layer) and not isinstance(child, Compose | MultiScale)
             if not is_whole:
                 visit(child)
             elif next(child.parameters(), None) is not None:

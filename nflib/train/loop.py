@@ -164,7 +164,7 @@ def fit(
             ema=ema,
             seed=seed,
             resume=resume,
-            compile=wrap,
+            compile=wrap if compile else None,
             capture=capture,
         )
         at, batches = run.progress, rows.batches(run.progress.step)

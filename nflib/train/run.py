@@ -99,13 +99,13 @@ class Run:
         ema: float | None,
         seed: int,
         resume: bool,
-        compile: Callable[[Any], Any],
+        compile: Callable[[Any], Any] | None,
         capture: bool,
     ) -> None:
         """Start afresh or from the checkpoint; then accelerate takes model and optimizer over.
 
         Args:
-            compile: what is put around the model that the loss calls.
+            compile: what is put around the model that the loss calls, if its layers are compiled.
             capture: record the step where the device has graphs.
         """
         self.identity = {"seed": seed, "batch_size": self.rows.batch_size, "rows": self.rows.rows}
@@ -124,14 +124,18 @@ class Run:
             clip=clip,
             ema=ema,
             autocast=self._autocast,
+            compiled=compile is not None,
         )
         if not is_fresh:
             self._restore()
         # Here all processes get the main one's parameters and buffers, whatever noise each drew.
         prepared, optimizer = self.accelerator.prepare(self.model, self.step.adam)
         several = self.accelerator.num_processes > 1
-        self.step.prepared(
-            compile(prepared), optimizer, self.accelerator.backward, self._sum if several else None
+        self.step.distribute(
+            compile(prepared) if compile else prepared,
+            optimizer,
+            self.accelerator.backward,
+            self._sum if several else None,
         )
         self.replayed = Replayed(self.step, self.accelerator.device, capture and not several)
         self._warn_of_emulation()

@@ -30,6 +30,7 @@ class Step:
         take: makes the batch, a list of tensors, of what a step is called with.
         weight_decay, clip, ema: see `nflib.train.fit`.
         autocast: makes the context in which the loss is computed.
+        compiled: whether the model's layers are compiled, which then arrange their own parameters.
 
     Attributes:
         call: what the objective calls, the model unless a wrapper replaces it.
@@ -51,6 +52,7 @@ class Step:
         clip: float = 50.0,
         ema: float | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        compiled: bool = False,
     ) -> None:
         self.model, self.call, self.objective, self.take = model, model, objective, take
         self.clip, self.autocast = clip, autocast
@@ -72,7 +74,7 @@ class Step:
         # Where reading a number costs nothing, each step looks before it changes a weight.
         self.looks = graphs.recorder_for(device) is None
         self.value: Tensor | None = None
-        self.prepare: Callable[[], AbstractContextManager[Any]] = Prepared(model)
+        self.prepare = nullcontext if compiled else Prepared(model)
         self.is_first = True
         self.average = None if ema is None else copy.deepcopy(model)
         if self.average is not None:
@@ -83,7 +85,7 @@ class Step:
             pairs = zip(averages, model.parameters(), strict=True)
             self._averages: Any = [average for average, p in pairs if p.requires_grad]
 
-    def prepared(
+    def distribute(
         self,
         call: Any,
         optimizer: Any,
@@ -95,12 +97,8 @@ class Step:
         Args:
             anywhere: the sum of a number over all processes.
         """
-        self.call, self.optimizer, self.backward, self.anywhere = (
-            call,
-            optimizer,
-            backward,
-            anywhere,
-        )
+        self.call, self.optimizer = call, optimizer
+        self.backward, self.anywhere = backward, anywhere
         for group in self.adam.param_groups:
             group["lr"] = self.rate  # a wrapper may have put a copy there
 
