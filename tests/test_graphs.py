@@ -307,8 +307,9 @@ def test_a_block_in_a_block_goes_on_with_both(recorded: list[object]) -> None:
         with captured(inner):
             sampled(inner, [4, 4])
             sampled(outer, [4])
+            sampled(outer, [3, 3])
         sampled(outer, [4])
-    assert len(recorded) == 2
+    assert len(recorded) == 3
 
 
 def test_what_was_prepared_is_not_recorded(recorded: list[object]) -> None:

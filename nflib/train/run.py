@@ -102,7 +102,7 @@ class Run:
         compile: Callable[[Any], Any] | None,
         capture: bool,
     ) -> None:
-        """Start afresh or from the checkpoint; then accelerate takes model and optimizer over.
+        """Start afresh or from the checkpoint; then accelerate takes the model over.
 
         Args:
             compile: what is put around the model that the loss calls, if its layers are compiled.
@@ -129,13 +129,10 @@ class Run:
         if not is_fresh:
             self._restore()
         # Here all processes get the main one's parameters and buffers, whatever noise each drew.
-        prepared, optimizer = self.accelerator.prepare(self.model, self.step.adam)
+        prepared = self.accelerator.prepare(self.model)
         several = self.accelerator.num_processes > 1
         self.step.distribute(
-            compile(prepared) if compile else prepared,
-            optimizer,
-            self.accelerator.backward,
-            self._sum if several else None,
+            compile(prepared) if compile else prepared, self._sum if several else None
         )
         self.replayed = Replayed(self.step, self.accelerator.device, capture and not several)
         self._warn_of_emulation()
@@ -314,8 +311,7 @@ class Run:
         for key, value in part("optimizer").items():
             i, name = key.split(".")
             states.setdefault(int(i), {})[name] = value
-        groups = self.step.adam.state_dict()["param_groups"]
-        self.step.adam.load_state_dict({"state": states, "param_groups": groups})
+        self.step.load(states)
         self.progress = at = Progress(**meta["progress"])
         self.step.is_first = at.step == 0
         checkpoints.set_rng_state(part("rng"))

@@ -68,9 +68,7 @@ class Step:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self.optimizer: Any = self.adam
-        self.backward: Callable[[Tensor], None] = Tensor.backward
-        self.anywhere: Callable[[Tensor], Tensor] | None = None
+        self.total: Callable[[Tensor], Tensor] | None = None
         # Where reading a number costs nothing, each step looks before it changes a weight.
         self.looks = graphs.recorder_for(device) is None
         self.value: Tensor | None = None
@@ -85,29 +83,27 @@ class Step:
             pairs = zip(averages, model.parameters(), strict=True)
             self._averages: Any = [average for average, p in pairs if p.requires_grad]
 
-    def distribute(
-        self,
-        call: Any,
-        optimizer: Any,
-        backward: Callable[[Tensor], None],
-        anywhere: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        """Take over what stands for model, optimizer and ``backward`` in a distributed run.
+    def distribute(self, call: Any, total: Callable[[Tensor], Tensor] | None) -> None:
+        """Take over what stands for the model in a distributed run.
 
         Args:
-            anywhere: the sum of a number over all processes.
+            total: the sum of a number over all processes.
         """
-        self.call, self.optimizer = call, optimizer
-        self.backward, self.anywhere = backward, anywhere
+        self.call, self.total = call, total
+
+    def load(self, states: dict[int, dict[str, Tensor]]) -> None:
+        """Take over the optimizer's state, by the number of the parameter."""
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": states, "param_groups": groups})
         for group in self.adam.param_groups:
-            group["lr"] = self.rate  # a wrapper may have put a copy there
+            group["lr"] = self.rate  # where torch has put a copy
 
     def __call__(self, *drawn: Tensor) -> None:
         self.value, norm = self.gradient(*self.take(*drawn))
         # Neither is finite if their sum is not, for a norm is never negative infinity.
         total = self.value + norm
-        if self.anywhere is not None:
-            total = self.anywhere(total)
+        if self.total is not None:
+            total = self.total(total)
         if not self.looks:
             is_bad = torch.isfinite(total).logical_not_()
             self.spoilt.add_(is_bad.logical_or_(self.spoilt))
@@ -117,7 +113,7 @@ class Step:
             self.spoilt.fill_(1)
             return
         nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        self.optimizer.step()
+        self.adam.step()
         if self.average is not None:
             self._follow()
         self.loss_sum.add_(self.value)
@@ -130,8 +126,8 @@ class Step:
         """The loss, and the norm of its gradient, which stands in the parameters."""
         with self.autocast(), self.prepare():
             value = self.objective(self.call, *batch)
-        self.optimizer.zero_grad()
-        self.backward(value)
+        self.adam.zero_grad()
+        value.backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return value.detach(), nn.utils.get_total_norm(gradients)
 
