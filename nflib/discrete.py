@@ -7,6 +7,7 @@ A position (a pixel, a sample of sound) has C channels, each a number in 0 .. k-
                                -> log P of each whole position in nats, (batch, *positions)
     sample(parameters, u)      u uniform in [0, 1), (batch, uniforms, *positions)
                                -> (batch, C, *positions)
+    mean(parameters)           E[x] of each channel, (batch, C, *positions)
     cooled(parameters, T)      the parameters of the distribution at temperature T
 
 The randomness comes in as ``u``: two samplers that are given the same u return the same values.
@@ -47,6 +48,10 @@ class Head:
         """The values that the uniform numbers u pick."""
         raise NotImplementedError(f"{type(self).__name__} does not define sample(parameters, u).")
 
+    def mean(self, parameters: Tensor) -> Tensor:
+        """E[x] of each channel, on the scale 0 .. k-1: ``(batch, C, *positions)``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define mean(parameters).")
+
     def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
         """Parameters of which draws are the nearer to the likeliest values, the lower T is."""
         raise NotImplementedError(
@@ -65,6 +70,36 @@ class Head:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(levels={self.levels}, channels={self.channels})"
+
+
+class Bernoulli(Head):
+    """Two levels: ``log P(x) = x log sigma(l) + (1 - x) log sigma(-l)``, one logit l a channel.
+
+    What `Softmax` of two levels predicts with two numbers, with one.
+    """
+
+    @checked
+    def __init__(self, channels: Size = 1) -> None:
+        super().__init__(2, channels)
+        self.count = self.uniforms = channels
+
+    def log_prob(self, x: Tensor, parameters: Tensor) -> Tensor:
+        self.check(x, parameters)
+        logits = parameters.to(log_det_dtype(parameters.dtype))
+        return -F.binary_cross_entropy_with_logits(logits, x.to(logits), reduction="none").sum(1)
+
+    def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
+        return (u < self.mean(parameters)).to(parameters.dtype)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        return parameters.to(log_det_dtype(parameters.dtype)).sigmoid()
+
+    def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
+        """``P(x)^(1/T)``, normalised."""
+        return parameters / temperature
+
+    def __repr__(self) -> str:
+        return f"Bernoulli(channels={self.channels})"
 
 
 class Softmax(Head):
@@ -91,6 +126,12 @@ class Softmax(Head):
     def sample(self, parameters: Tensor, u: Tensor) -> Tensor:
         cdf = self.log_probs(parameters).exp().cumsum(2)[:, :, :-1]
         return (u.unsqueeze(2) >= cdf).sum(2, dtype=parameters.dtype)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        probabilities = self.log_probs(parameters).exp()
+        return torch.einsum(
+            "bck...,k->bc...", probabilities, torch.arange(self.levels).to(probabilities)
+        )
 
     def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
         """``P(x)^(1/T)``, normalised."""
@@ -149,11 +190,14 @@ class LogisticMixture(Head):
         return 2 * x / (self.levels - 1) - 1
 
     def _mean(self, channel: int, means: Tensor, links: Tensor, before: list[Tensor]) -> Tensor:
-        """The means of one channel, ``(batch, K, ...)``, given the scaled channels before it."""
+        """The means of one channel, ``(batch, K, ...)``, given the scaled channels before it.
+
+        Those are ``(batch, 1, ...)``, the same for all components, or ``(batch, K, ...)``.
+        """
         mean = means[:, channel]
         first = channel * (channel - 1) // 2
         for j, value in enumerate(before):
-            mean = mean + links[:, first + j] * value.unsqueeze(1)
+            mean = mean + links[:, first + j] * value
         return mean
 
     def bins(self, at: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,9 +210,9 @@ class LogisticMixture(Head):
         at = self.scaled(x.to(total.dtype))
         before: list[Tensor] = []
         for channel in range(self.channels):
-            value = at[:, channel]
+            value = at[:, channel].unsqueeze(1)
             mean = self._mean(channel, means, links, before)
-            below, inside, above = self.bins(value.unsqueeze(1), mean, log_scales[:, channel])
+            below, inside, above = self.bins(value, mean, log_scales[:, channel])
             level = x[:, channel].unsqueeze(1)
             log_bin = torch.where(level < 0.5, below, inside)
             total = total + torch.where(level > self.levels - 1.5, above, log_bin)
@@ -187,11 +231,25 @@ class LogisticMixture(Head):
         noise = u[:, 1:].clamp_min(tiny).log() - (-u[:, 1:]).log1p()
         drawn: list[Tensor] = []
         for channel in range(self.channels):
-            mean = chosen(self._mean(channel, means, links, [self.scaled(d) for d in drawn]))
+            before = [self.scaled(d).unsqueeze(1) for d in drawn]
+            mean = chosen(self._mean(channel, means, links, before))
             value = mean + chosen(log_scales[:, channel]).exp() * noise[:, channel]
             level = torch.round((value + 1) * (self.levels - 1) / 2)
             drawn.append(level.clamp(0, self.levels - 1))
         return torch.stack(drawn, 1).to(parameters.dtype)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The mean of the logistics before they are rounded, each moved into [0, k - 1].
+
+        Within half a level of E[x] where no logistic reaches beyond the first or the last level,
+        and the nearer to it, the wider they are: half a level is the most that rounding moves.
+        """
+        log_weights, means, _, links = self.unpack(parameters)
+        centres: list[Tensor] = []
+        for channel in range(self.channels):
+            centres.append(self._mean(channel, means, links, centres).clamp(-1, 1))
+        scaled = (log_weights.exp().unsqueeze(1) * torch.stack(centres, 1)).sum(2)
+        return (scaled + 1) * (self.levels - 1) / 2
 
     def cooled(self, parameters: Tensor, temperature: float) -> Tensor:
         """Weights ``pi_i^(1/T)``, normalised, and all scales times T."""

@@ -126,7 +126,8 @@ def log_probs(
     With ``samples = K > 1`` the model is asked K times and a row gets
     ``log 1/K sum_k exp(log_prob_k)``: for a model that draws noise of its own, such as
     dequantization, the importance-weighted bound, which rises towards log P(x) with K (Burda et
-    al. 2015, https://arxiv.org/abs/1509.00519).
+    al. 2015, https://arxiv.org/abs/1509.00519). A model that has ``log_weights(x, K)``, such as a
+    VAE, whose encoder need not run K times, is asked for all of them at once.
 
     Args: those of `evaluate`.
     """
@@ -210,9 +211,18 @@ def _log_probs(
     with cached(model) if isinstance(model, nn.Module) else nullcontext():
         for part, c in zip(batches, contexts, strict=True):
             given = (part,) if c is None else (part, c)
-            draws = torch.stack([model.log_prob(*given) for _ in range(samples)])
+            draws = _draws(model, given, samples)
             parts.append(draws.logsumexp(0) - math.log(samples))
     return torch.cat(parts)
+
+
+def _draws(model: Any, given: tuple[Tensor, ...], samples: int) -> Tensor:
+    """What ``log_prob`` says in so many draws of the model's noise, ``(samples, rows)``."""
+    log_weights = getattr(model, "log_weights", None)
+    if callable(log_weights) and len(given) == 1:
+        draws: Tensor = log_weights(*given, samples)
+        return draws
+    return torch.stack([model.log_prob(*given) for _ in range(samples)])
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from nflib.arguments import ArgumentError
 from nflib.core import ShapeError
-from nflib.discrete import Head, LogisticMixture, Softmax
+from nflib.discrete import Bernoulli, Head, LogisticMixture, Softmax
 
 HEADS = {
+    "bernoulli": Bernoulli(),
+    "bernoulli of 3 channels": Bernoulli(3),
     "softmax": Softmax(5),
     "softmax of 3 channels": Softmax(4, 3),
     "mixture": LogisticMixture(5, 1, 3),
@@ -54,6 +56,44 @@ def test_draws_follow_the_probabilities(name: str) -> None:
     place = torch.tensor([head.levels ** (head.channels - 1 - c) for c in range(head.channels)])
     found = torch.bincount((drawn * place).sum(1).long(), minlength=len(x)) / n
     assert (found - p).abs().max() < 4 * (0.25 / n) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if "mixture" not in name])
+def test_the_mean_is_that_of_all_values(name: str) -> None:
+    head = HEADS[name]
+    x = all_values(head)
+    p = head.log_prob(x, parameters(head, len(x))).exp()
+    torch.testing.assert_close(head.mean(parameters(head, 1))[0], (p[:, None] * x).sum(0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_mean_of_a_mixture_is_that_of_its_draws(channels: int) -> None:
+    head, n = LogisticMixture(256, channels, 3), 100_000
+    torch.manual_seed(4)
+    p = 0.3 * torch.randn(1, head.count, dtype=torch.float64)
+    scales = slice(3 + 3 * channels, 3 + 6 * channels)
+    p[:, scales] = -3.5  # four levels wide, so that nothing reaches beyond the ends
+    drawn = head.sample(p.expand(n, -1), torch.rand(n, head.uniforms, dtype=torch.float64))
+    error = drawn.std(0) / n**0.5
+    assert ((drawn.mean(0) - head.mean(p)[0]).abs() < 4 * error + 0.02).all()
+
+
+def test_the_mean_of_a_mixture_is_rounded_by_half_a_level_and_stays_within_the_levels() -> None:
+    head = LogisticMixture(5, 1, 1)
+    between = torch.tensor([[0.0, 0.2, -9.0], [0.0, 7.0, -9.0], [0.0, -7.0, 2.0]])
+    assert head.mean(between)[:, 0].tolist() == pytest.approx([2.4, 4.0, 0.0])
+    x = torch.arange(5.0)[:, None]
+    exact = (x[:, 0] * head.log_prob(x, between[:1].expand(5, -1)).exp()).sum()
+    assert exact.item() == pytest.approx(2.0, abs=1e-3)
+
+
+@every
+def test_the_mean_has_the_shape_of_the_values(name: str) -> None:
+    head = HEADS[name]
+    p = torch.randn(2, head.count, 3, 4, dtype=torch.float64)
+    found = head.mean(p)
+    assert found.shape == (2, head.channels, 3, 4)
+    torch.testing.assert_close(found[:, :, 1, 2], head.mean(p[:, :, 1, 2]))
 
 
 @every
@@ -112,6 +152,8 @@ def test_half_precision_parameters_give_full_precision() -> None:
     head = Softmax(4)
     p = torch.randn(3, 4).bfloat16()
     assert head.log_prob(torch.zeros(3, 1), p).dtype == torch.float32
+    assert Bernoulli(4).log_prob(torch.zeros(3, 4), p).dtype == torch.float32
+    assert Bernoulli(4).mean(p).dtype == torch.float32
     assert LogisticMixture(4, 1, 2).log_prob(torch.zeros(3, 1), torch.randn(3, 6).half()).dtype == (
         torch.float32
     )
@@ -132,6 +174,7 @@ def test_wrong_sizes_are_one_sentence() -> None:
         (lambda: Softmax(2.0), "Softmax expects levels .*, got 2.0"),
         (lambda: Softmax(4, 0), "Softmax expects channels .* at least 1, got 0"),
         (lambda: LogisticMixture(4, 1, 0), "LogisticMixture expects components .*, got 0"),
+        (lambda: Bernoulli(0), "Bernoulli expects channels .* at least 1, got 0"),
     ):
         with pytest.raises(ArgumentError, match=rf"^{message}\.$"):
             make()
@@ -179,7 +222,7 @@ def test_cooled_parameters_are_the_distribution_at_a_temperature(name: str) -> N
     at_one, at_half = (head.log_prob(x, head.cooled(p, t)).exp() for t in (1.0, 0.5))
     torch.testing.assert_close(at_one, head.log_prob(x, p).exp())
     torch.testing.assert_close(at_half.sum(), torch.ones((), dtype=torch.float64))
-    if isinstance(head, Softmax):
+    if isinstance(head, Softmax | Bernoulli):
         torch.testing.assert_close(at_half, at_one.square() / at_one.square().sum())
     else:
         weights, means, log_scales, links = head.unpack(p)
@@ -195,6 +238,7 @@ def test_a_head_that_is_not_written_says_so() -> None:
     for call in (
         lambda: head.log_prob(torch.zeros(1, 1), torch.zeros(1, 1)),
         lambda: head.sample(torch.zeros(1, 1), torch.zeros(1, 1)),
+        lambda: head.mean(torch.zeros(1, 1)),
         lambda: head.cooled(torch.zeros(1, 1), 0.5),
     ):
         with pytest.raises(NotImplementedError, match=r"^Head does not define \w+\(.*\)\.$"):

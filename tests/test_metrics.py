@@ -105,6 +105,29 @@ def test_samples_go_over_every_batch_and_leave_an_exact_model_as_it_is() -> None
         evaluate(flow, x, samples=0)
 
 
+class Weighted(Noisy):
+    """A model that gives the log-weights of all its draws at once, as a VAE does."""
+
+    def log_weights(self, x: Tensor, draws: int) -> Tensor:
+        self.calls += 1
+        return torch.arange(1.0, draws + 1).log()[:, None] + x.sum(1)
+
+
+@pytest.mark.parametrize("samples", [1, 10])
+def test_a_model_with_log_weights_is_asked_once_a_batch(samples: int) -> None:
+    model, x = Weighted(), torch.randn(5, 3)
+    found = log_probs(model, x, batch_size=2, samples=samples)
+    assert model.calls == 3
+    torch.testing.assert_close(found, math.log((samples + 1) / 2) + x.sum(1))
+
+
+def test_weights_that_are_no_method_are_a_models_own_business() -> None:
+    model = Noisy()
+    model.log_weights = torch.zeros(3)  # of a mixture, say
+    assert log_probs(model, torch.randn(4, 3), samples=2).shape == (4,)
+    assert model.calls == 2
+
+
 class Shifted:
     def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
         return -(x - context).square().sum(1)
