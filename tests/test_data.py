@@ -377,8 +377,8 @@ def test_cards_are_complete(name: str) -> None:
 
 def test_names() -> None:
     assert data.names() == list(CARDS)
-    by_name = {"mnist", "fashion_mnist", "cifar10", "binarized_mnist", "spoken_digits"}
-    assert set(data.names(embedded=False)) == by_name | {"cifar10_subset"}
+    by_name = {"mnist", "fashion_mnist", "cifar10", "binarized_mnist", "spoken_digits", "svhn"}
+    assert set(data.names(embedded=False)) == by_name | {"cifar10_subset", "bsds500", "celeba"}
 
 
 def test_the_data_page_is_made_from_the_cards() -> None:
@@ -693,6 +693,104 @@ def test_cifar10_is_read_by_torchvision_and_split(
     assert valid.x[:, 2, 0, 0].tolist() == [5, 6, 7]
     assert valid.y.tolist() == [4, 4, 4]
     assert test.x[:, 0, 0, 0].tolist() == [8, 9, 10, 11]
+
+
+def mat(first: int, rows: int) -> bytes:
+    """A file of SVHN whose images hold their number, then 100 and 200; 10 stands for digit 0."""
+    from scipy.io import savemat
+
+    x = np.zeros((32, 32, 3, rows), dtype=np.uint8)
+    x[:, :, 0], x[:, :, 1], x[:, :, 2] = np.arange(first, first + rows), 100, 200
+    x[31, 0, 0] = 255  # bottom left
+    stream = io.BytesIO()
+    savemat(stream, {"X": x, "y": (1 + np.arange(rows) % 10)[:, None].astype(np.uint8)})
+    return stream.getvalue()
+
+
+def test_svhn_is_read_by_torchvision_and_split(
+    mirror: Mirror, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import SVHN
+
+    lists, files = {}, {}
+    for split, content in (("train", mat(0, 12)), ("test", mat(50, 4))):
+        file = archives.SVHN[split]
+        sha256 = hashlib.sha256(content).hexdigest()
+        files[split] = replace(file, sha256=sha256, urls=(mirror.put(f"/{split}", content),))
+        lists[split] = ["", file.path, hashlib.md5(content).hexdigest()]
+        assert SVHN.split_list[split][:2] == [file.urls[0], file.path]
+    monkeypatch.setattr(SVHN, "split_list", lists)
+    monkeypatch.setattr(archives, "SVHN", files)
+    monkeypatch.setattr(archives, "HELD_OUT", 3)
+    train, valid, test = (archives.svhn(split, True) for split in embedded.SPLITS)
+    assert train.x.shape == (9, 3, 32, 32)
+    assert train.x[:, 0, 5, 7].tolist() == list(range(9))
+    assert train.x[0, :, 31, 0].tolist() == [255, 100, 200]
+    assert train.x[0, :, 0, 31].tolist() == [0, 100, 200]
+    assert valid.x[:, 0, 0, 0].tolist() == [9, 10, 11]
+    assert valid.y.tolist() == [0, 1, 2]
+    assert test.x[:, 0, 0, 0].tolist() == [50, 51, 52, 53]
+    assert (train.levels, train.name, train.y.dtype) == (256, "svhn", torch.int64)
+
+    damaged = cache / files["train"].path
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(data.DataError, match=r"^svhn needs train_32x32.mat.*, found damaged at"):
+        archives.svhn("valid", False)
+    assert torch.equal(archives.svhn("valid", True).x, valid.x)
+
+
+def face(number: int, side: tuple[int, int] = (178, 218)) -> bytes:
+    """A grey picture, the brighter the higher its number, with a frame that the crop removes."""
+    from PIL import Image
+
+    pixels = np.full((side[1], side[0], 3), 255, dtype=np.uint8)
+    pixels[35:-35, 15:-15] = 20 * number
+    pixels[35:109, 15:-15, 0] = 0  # no red in the upper half
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=100, subsampling=0)
+    return stream.getvalue()
+
+
+def test_celeba_is_cropped_made_smaller_and_split(
+    mirror: Mirror, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as zipped:
+        for number in (6, 5, 4, 3, 2, 1):  # the order in the archive says nothing
+            zipped.writestr(f"img_align_celeba/{number:06}.jpg", face(number))
+    content = stream.getvalue()
+    sha256 = hashlib.sha256(content).hexdigest()
+    file = replace(archives.CELEBA, sha256=sha256, urls=(mirror.put("/zip", content),))
+    monkeypatch.setattr(archives, "CELEBA", file)
+    splits = {"train": (1, 3), "valid": (4, 5), "test": (6, 6)}
+    monkeypatch.setattr(archives, "CELEBA_SPLITS", splits)
+    train, valid, test = (archives.celeba(split, True) for split in embedded.SPLITS)
+    assert (train.x.shape, train.x.dtype) == ((3, 3, 64, 64), torch.uint8)
+    assert [len(d) for d in (train, valid, test)] == [3, 2, 1]
+    for d, numbers in ((train, (1, 2, 3)), (valid, (4, 5)), (test, (6,))):
+        expected = torch.tensor([20 * n for n in numbers]).view(-1, 1, 1, 1)
+        # The middle alone is left: no white of the frame, red in the lower half only.
+        assert (d.x[:, 1:].long() - expected).abs().max() <= 3
+        assert (d.x[:, :1, 34:].long() - expected).abs().max() <= 3
+        assert d.x[:, 0, :30].max() <= 3
+        assert d.y is None
+    assert mirror.asked == ["/zip"]
+
+    (cache / file.path).unlink()
+    mine = tmp_path / "mine"
+    (mine / "celeba").mkdir(parents=True)
+    (mine / file.path).write_bytes(content[:-30])
+    monkeypatch.setenv("NFLIB_DATA", str(mine))
+    with pytest.raises(data.DataError, match="celeba needs .*, found damaged at .*mine"):
+        archives.celeba("test", False)
+    (mine / file.path).write_bytes(content)
+    assert torch.equal(archives.celeba("test", False).x, test.x)
+
+
+def test_celebas_splits_are_their_cards() -> None:
+    counts = {split: b - a + 1 for split, (a, b) in archives.CELEBA_SPLITS.items()}
+    assert counts == data.card("celeba").splits
+    assert sum(counts.values()) == archives.CELEBA_SPLITS["test"][1] == 202_599
 
 
 def test_binarized_mnist_from_text_and_packed(

@@ -2,8 +2,11 @@
 
 The sha256 are those of the original files. MNIST and Fashion-MNIST: computed from files whose md5
 torchvision publishes. Binarized MNIST: published by TensorFlow Datasets, and the packed form is
-checked by writing the original text again. CIFAR-10: published by Keras. Free Spoken Digit
+checked by writing the original text again. CIFAR-10: published by Keras. SVHN and CelebA: published
+by torchvision in its new data sets. Free Spoken Digit
 Dataset: archives of a repository may be packed anew, so the recordings themselves are hashed.
+BSDS500: its authors publish no checksum; that all 500 photographs are there, by their numbers in
+each split and their sizes, is checked instead.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from nflib.data.base import Dataset
 from nflib.data.downloads import File, fetch, folders
 
 HELD_OUT = 5000
-"""Training images of CIFAR-10 that are `valid`."""
+"""Training images of CIFAR-10, and of SVHN, that are `valid`."""
 
 
 def _idx_files(folder: str, mirrors: tuple[str, ...], *files: tuple[str, int, str]) -> list[File]:
@@ -136,6 +139,40 @@ CIFAR10_SUBSET = [
     )
 ]
 
+SVHN = {
+    split: File(
+        name,
+        size,
+        sha256,
+        (f"http://ufldl.stanford.edu/housenumbers/{name}",),
+    )
+    for split, name, size, sha256 in (
+        (
+            "train",
+            "train_32x32.mat",
+            182040794,
+            "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        ),
+        (
+            "test",
+            "test_32x32.mat",
+            64275384,
+            "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+        ),
+    )
+}
+
+# The authors' own copy lies on Google Drive, which no program can read without more libraries;
+# the mirror is that of PyTorch's tutorials.
+CELEBA = File(
+    "celeba/img_align_celeba.zip",
+    1443490838,
+    "46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74",
+    ("https://s3.amazonaws.com/pytorch-tutorial-assets/img_align_celeba.zip",),
+)
+CELEBA_SPLITS = {"train": (1, 162770), "valid": (162771, 182637), "test": (182638, 202599)}
+"""First and last number of a photograph in each split, as in the authors' list_eval_partition."""
+
 SPEAKERS = ("jackson", "theo")
 RECORDINGS_SHA256 = "3f462db2c6759eda118256f146bc1746af7f7ab58214d428b9b4d76301fc5bb5"
 """sha256 of the names and samples of the 1,000 recordings, in the order of `_recording_names`."""
@@ -222,6 +259,41 @@ def cifar10_subset(split: str, download: bool) -> Dataset:
     x = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
     part = slice(0, 3600) if split == "train" else slice(3600, None)
     return Dataset(x[part].contiguous(), None, 256, "cifar10_subset", split)
+
+
+def svhn(split: str, download: bool) -> Dataset:
+    """SVHN's cropped digits: the last 5,000 of the 73,257 training images are `valid`."""
+    from torchvision.datasets import SVHN as TorchvisionSVHN
+
+    which = "test" if split == "test" else "train"
+    path = fetch(SVHN[which], "svhn", download=download)
+    images = TorchvisionSVHN(path.parent, split=which)
+    rows = {"train": slice(0, -HELD_OUT), "valid": slice(-HELD_OUT, None), "test": slice(None)}
+    x = torch.from_numpy(images.data[rows[split]]).contiguous()
+    return Dataset(x, torch.from_numpy(images.labels[rows[split]]), 256, "svhn", split)
+
+
+def celeba(split: str, download: bool) -> Dataset:
+    """Aligned CelebA: the middle 148 x 148 pixels of each photograph, made 64 x 64.
+
+    All photographs of the split are read and held: 2 GB and minutes for the training set.
+    """
+    first, last = CELEBA_SPLITS[split]
+    x = np.empty((last - first + 1, 3, 64, 64), dtype=np.uint8)
+    with zipfile.ZipFile(fetch(CELEBA, "celeba", download=download)) as zipped:
+        for row, number in enumerate(range(first, last + 1)):
+            x[row] = _face(zipped.read(f"img_align_celeba/{number:06}.jpg"))
+    return Dataset(torch.from_numpy(x), None, 256, "celeba", split)
+
+
+def _face(content: bytes) -> np.ndarray:
+    """``(3, 64, 64)`` of an aligned photograph of 178 x 218 pixels."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        left, top = (image.width - 148) // 2, (image.height - 148) // 2
+        middle = image.convert("RGB").crop((left, top, left + 148, top + 148))
+    return np.asarray(middle.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
 def _recording_names() -> list[str]:
@@ -325,3 +397,82 @@ def _recordings(download: bool) -> dict[str, np.ndarray]:
     return read_recordings(
         fetch(SPOKEN_DIGITS, "spoken_digits", download=download, damaged=damaged)
     )
+
+
+PHOTOGRAPHS = {"train": ("train", 200), "valid": ("val", 100), "test": ("test", 200)}
+SIDES = (321, 481)
+"""Height and width of BSDS500's photographs; portraits have them the other way round."""
+
+
+def _square(content: bytes) -> np.ndarray:
+    """The middle square of a photograph, ``(3, 321, 321)``; ValueError if it is no such picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            rgb = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError("a damaged photograph") from error
+    if tuple(sorted(rgb.shape[:2])) != SIDES:
+        raise ValueError(f"a photograph of {rgb.shape[1]} x {rgb.shape[0]} pixels")
+    top, left = ((side - SIDES[0]) // 2 for side in rgb.shape[:2])
+    return rgb[top : top + SIDES[0], left : left + SIDES[0]].transpose(2, 0, 1)
+
+
+def _jpegs(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the photographs in a folder (train/1.jpg) or in the archive."""
+    if path.is_dir():
+        for file in path.glob("*/*.jpg"):
+            yield file.relative_to(path).as_posix(), file.read_bytes()
+        return
+    with tarfile.open(path) as tarred:
+        for member in tarred:
+            stream = tarred.extractfile(member) if member.name.endswith(".jpg") else None
+            if stream is not None:
+                yield member.name, stream.read()
+
+
+def read_photographs(path: Path) -> dict[str, list[np.ndarray]]:
+    """The squares of each split, by name; ValueError if a photograph is missing or another."""
+    found: dict[str, dict[str, np.ndarray]] = {folder: {} for folder, _ in PHOTOGRAPHS.values()}
+    try:
+        for name, content in _jpegs(path):
+            folder, file = name.split("/")[-2:]
+            if folder in found:
+                found[folder][file] = _square(content)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError("damaged archive") from error
+    for folder, count in PHOTOGRAPHS.values():
+        if len(found[folder]) != count:
+            raise ValueError(f"{len(found[folder])} photographs in {folder}, not {count}")
+    return {split: [found[f][n] for n in sorted(found[f])] for split, (f, _) in PHOTOGRAPHS.items()}
+
+
+BSDS500 = File(
+    "BSDS500/BSR_bsds500.tgz",
+    70_800_000,
+    None,
+    (
+        "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz",
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz",
+    ),
+    check=read_photographs,
+    instead="BSDS500/{train,val,test}/*.jpg",
+)
+
+
+def bsds500(split: str, download: bool) -> Dataset:
+    """The Berkeley segmentation photographs, middle squares of 321 x 321 pixels."""
+    damaged = []
+    for folder in (folder / "BSDS500" for folder in folders()):
+        if (folder / "train").is_dir():
+            try:
+                photographs = read_photographs(folder)
+                break
+            except ValueError:
+                damaged.append(folder)
+    else:
+        path = fetch(BSDS500, "bsds500", download=download, damaged=damaged)
+        photographs = read_photographs(path)
+    x = torch.from_numpy(np.stack(photographs[split]))
+    return Dataset(x, None, 256, "bsds500", split)

@@ -343,6 +343,37 @@ _CARDS = [
         files=tuple(archives.CIFAR10_SUBSET),
     ),
     Card(
+        "svhn",
+        "Loaded by name",
+        "colour photographs of house numbers, cut to one digit each, of 32 x 32 pixels (Netzer et "
+        "al. 2011); the 531,131 easier images called extra are left out",
+        "uint8 (N, 3, 32, 32)",
+        "the digit in the middle, int64",
+        256,
+        {"train": 68_257, "valid": 5_000, "test": 26_032},
+        "the published test set; `valid` is the last 5,000 of the 73,257 training images",
+        "for non-commercial use only",
+        "https://ufldl.stanford.edu/housenumbers/",
+        "colour image flows and variational autoencoders at full size; out-of-distribution "
+        "likelihoods beside cifar10",
+        files=tuple(archives.SVHN.values()),
+    ),
+    Card(
+        "celeba",
+        "Loaded by name",
+        "photographs of the faces of celebrities (Liu et al. 2015), aligned; the middle 148 x 148 "
+        "pixels of each, made 64 x 64 by Pillow's bilinear filter",
+        "uint8 (N, 3, 64, 64)",
+        "none",
+        256,
+        {"train": 162_770, "valid": 19_867, "test": 19_962},
+        "as published: photographs 1 to 162,770, to 182,637 and to 202,599",
+        "for non-commercial research only; the images are not the authors' property",
+        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        "image flows and variational autoencoders on a GPU; the training set takes 2 GB of memory",
+        files=(archives.CELEBA,),
+    ),
+    Card(
         "spoken_digits",
         "Loaded by name",
         "recordings of the digits by the speakers jackson and theo of the Free Spoken Digit "
@@ -358,6 +389,22 @@ _CARDS = [
         "https://github.com/Jakobovski/free-spoken-digit-dataset",
         "autoregressive models of sound",
         files=(archives.SPOKEN_DIGITS,),
+    ),
+    Card(
+        "bsds500",
+        "Loaded by name",
+        "the 500 natural photographs of the Berkeley segmentation data set, the middle square of "
+        "each; a download is accepted if all photographs of each split are there at their size, "
+        "for no checksum is published",
+        "uint8 (N, 3, 321, 321)",
+        "none",
+        256,
+        {"train": 200, "valid": 100, "test": 200},
+        "the published splits; `valid` is theirs called val",
+        "free for research and education",
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/resources.html",
+        "conditional flows: colouring photographs",
+        files=(archives.BSDS500,),
     ),
 ]
 

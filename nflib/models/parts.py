@@ -22,7 +22,7 @@ LIMIT = 12.0
 
 Normalization = Literal["actnorm", "batchnorm"]
 LinearMap = Literal["lu", "dense", "householder", "permutation", "none"]
-Build = TypeVar("Build", bound=Callable[..., Flow])
+Build = TypeVar("Build", bound=Callable[..., Any])
 
 
 def model(build: Build) -> Build:

@@ -1,11 +1,14 @@
-"""Train any model of `nflib.models` from the command line: ``python -m nflib.train MODEL ...``.
+"""Train a model of `nflib.models`, or a VAE, from the command line: ``python -m nflib.train ...``.
 
     python -m nflib.train mixerflow --data mnist --patch 4 --layers 8 --seconds 600
     python -m nflib.train glow --data cifar10 --steps 4 --epochs 20 --mixed-precision bf16 --compile
+    python -m nflib.train vae --data binarized_mnist --flow planar --steps 10 --epochs 30 \\
+        --warm-up 2000 --samples 200
     accelerate launch --num_processes 8 -m nflib.train mixerflow --data mnist --epochs 50
 
 The model's own options are those of its function, with dashes: ``--hidden 128,128`` is
-``hidden=(128, 128)``, and ``--hidden 128`` is ``hidden=128``. The budget is given in epochs,
+``hidden=(128, 128)``, and ``--hidden 128`` is ``hidden=128``. (Of a VAE ``--warm-up`` is of the
+KL's weight, ``--warmup`` as ever of the learning rate.) The budget is given in epochs,
 updates of the weights, or seconds. Three files stand beside each other: the result (``--out``,
 JSON), the weights (``.safetensors``) and the state of the run (``.state.safetensors``), from which
 the same command with ``--resume`` goes on after an interruption, to the same weights.
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nflib import checkpoints, data, models, reversible
-from nflib.core import Flow
+from nflib.core import Model
 from nflib.elementwise import (
     Additive,
     Affine,
@@ -38,8 +41,9 @@ from nflib.metrics import Score, evaluate
 from nflib.train.hardware import hardware
 from nflib.train.loop import History, fit
 from nflib.train.surroundings import seeded
+from nflib.variational import vae
 
-MODELS: dict[str, Callable[..., Flow]] = {
+MODELS: dict[str, Callable[..., Model]] = {
     name: getattr(models, name)
     for name in (
         "nice",
@@ -52,9 +56,9 @@ MODELS: dict[str, Callable[..., Flow]] = {
         "flowpp",
         "mixerflow",
     )
-}
+} | {"vae": vae}
 # The models that take images as images; for the others all numbers of an image are one vector.
-OF_IMAGES = ("realnvp", "glow", "flowpp", "mixerflow")
+OF_IMAGES = ("realnvp", "glow", "flowpp", "mixerflow", "vae")
 MAPS = {
     "additive": Additive,
     "affine": Affine,
@@ -86,7 +90,6 @@ NOT_OPTIONS = (
     "shape",
     "dim",
     "grey_levels",
-    "context_dim",
     "context_dim",
     "network",
     "options",
@@ -190,7 +193,7 @@ def rows_for(model: str, x: Tensor) -> Tensor:
     return x if model in OF_IMAGES and x.ndim == 4 else x.flatten(1)
 
 
-def build(model: str, rows: Tensor, levels: int | None, options: dict[str, Any]) -> Flow:
+def build(model: str, rows: Tensor, levels: int | None, options: dict[str, Any]) -> Model:
     """The model for events of these rows."""
     shape = tuple(rows.shape[1:])
     return MODELS[model](shape if len(shape) == 3 else shape[0], grey_levels=levels, **options)
@@ -236,7 +239,7 @@ def run(options: argparse.Namespace, of_model: dict[str, Any]) -> dict[str, Any]
 
 
 def facts(
-    options: argparse.Namespace, of_model: dict[str, Any], flow: Flow, history: History
+    options: argparse.Namespace, of_model: dict[str, Any], flow: Model, history: History
 ) -> dict[str, Any]:
     """What was trained, how, on what, and how long it took."""
     from accelerate import PartialState
@@ -262,20 +265,16 @@ def facts(
 
 
 def judged(score: Score, levels: int | None) -> dict[str, Any]:
-    """What a result says of the test split: bits/dim of integers, nats of reals."""
+    """What a result says of the test split: nats, and of integers bits/dim beside them."""
     kind = {"likelihood": score.likelihood, "samples": score.samples, "test_rows": score.rows}
-    if levels is None:
-        return kind | {"nats": score.nats, "standard_error": score.standard_error}
-    return kind | {"bits_per_dim": score.bits_per_dim()}
+    kind |= {"nats": score.nats, "standard_error": score.standard_error}
+    return kind if levels is None else kind | {"bits_per_dim": score.bits_per_dim()}
 
 
 def summary(result: dict[str, Any]) -> str:
     """The result in one line."""
-    number = (
-        f"{result['bits_per_dim']:.3f} bits/dim"
-        if "bits_per_dim" in result
-        else f"{result['nats']:.3f} nats"
-    )
+    bits = f"{result['bits_per_dim']:.3f} bits/dim, " if "bits_per_dim" in result else ""
+    number = f"{bits}{result['nats']:.3f} nats"
     return (
         f"{number} ({result['likelihood']}, test), {result['parameters']:,} parameters, "
         f"{result['steps']:,} steps in {result['seconds']:.0f} s, "
