@@ -10,9 +10,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nflib.autoregressive import MaskedAutoregressive
+from nflib.conditioning import Conditioned
 from nflib.convolution import CausalConv, EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection, Compose, Inverse
 from nflib.coupling import Coupling, alternating, channels, checkerboard, halves
@@ -38,6 +39,7 @@ from nflib.multiscale import MultiScale, Squeeze
 from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet
 from nflib.normalization import ActNorm, BatchNorm
 from nflib.planar import Planar, Radial, Sylvester
+from nflib.residual import LipschitzConvNet, LipschitzMLP, ResidualBlock
 
 
 class Case(NamedTuple):
@@ -128,6 +130,16 @@ LAYERS: dict[str, Case] = {
     "channels, residual, context": Case(lambda: Coupling(three, spline, residual2), (3, 2, 3), 2),
     "channels, gated": Case(lambda: Coupling(three, mixture, gated), (3, 2, 3)),
     "channels, gated, context": Case(lambda: Coupling(four, mixture, gated2), (4, 3, 2), 2),
+    "conditioned": Case(
+        lambda: Conditioned(nn.Linear(3, 2), Coupling(halves(4), affine, mlp2), 3), (4,), 3
+    ),
+    "residual block": Case(lambda: ResidualBlock(LipschitzMLP(3, 6)), (3,)),
+    "residual block, newton, context": Case(
+        lambda: ResidualBlock(LipschitzMLP(3, 6, context_dim=2), solver="newton"), (3,), 2
+    ),
+    "residual block of an image": Case(
+        lambda: ResidualBlock(LipschitzConvNet((2, 3, 2), 4)), (2, 3, 2)
+    ),
     "affine maf": Case(lambda: maf(5, affine), (5,)),
     "affine maf, context": Case(lambda: maf(4, affine, context_dim=2), (4,), 2),
     "spline maf, random order": Case(lambda: maf(5, spline, order="random"), (5,)),
@@ -161,6 +173,9 @@ LAYERS: dict[str, Case] = {
     "identity": Case(lambda: Compose(), (3,)),
 }
 
-# One search for an inverse takes long to compile; one of them stands for all.
-SLOW_TO_COMPILE = {n for n in LAYERS if any(w in n for w in ("mixture", "monotone", "gated"))}
+# One search for an inverse takes long to compile; one of them stands for all. That of a residual
+# block is left out of any graph.
+SLOW_TO_COMPILE = {
+    n for n in LAYERS if any(w in n for w in ("mixture", "monotone", "gated", "residual block"))
+}
 SLOW_TO_COMPILE.remove("mixture coupling")

@@ -31,12 +31,15 @@ from nflib.multiscale import Squeeze
 from nflib.nets import MLP
 from nflib.normalization import ActNorm
 from nflib.pixel import PixelModel
+from nflib.residual import Exact, LipschitzConvNet, LipschitzMLP, Series
+from nflib.residual.lipschitz import SpectralNorm
+from nflib.variational import ConvDecoder, ConvEncoder
 from nflib.wavenet import CausalStack, ParallelWaveNet, WaveNet
 
 FLOORS = """
 arguments cache graphs rootfinding core checks elementwise coupling autoregressive linear
 convolution normalization multiscale dequantization planar precision prepared mixer nets discrete
-domains reversible models pixel wavenet
+domains reversible conditioning residual models pixel wavenet variational
 """.split()
 
 # Arithmetic that layers do in every step, where a check would cost time, and what speaks for the
@@ -53,6 +56,7 @@ linear.check_invertible linear.factors linear.permutation linear.place linear.ra
 linear.reflect linear.refresh_inverse_order linear.solve_matrix linear.solve_triangle
 convolution.rotation_kernel normalization.centre_and_spread normalization.moments
 planar.at_least planar.log_stretch planar.positive planar.solve_tanh planar.times
+residual.jacobian_matrix residual.pullback residual.weighted_series
 precision.is_wide precision.matrices_of precision.of_network
 prepared.Joints prepared.Masked prepared.pairs
 nets.elu2 nets.equal_widths nets.in_place nets.normed_weight nets.shape_of nets.vector_context
@@ -74,6 +78,8 @@ made = {**common, "dim": 3, "hidden": (4, 4), "order": (2, 0, 1), "residual": Fa
 pixels = {**common, "shape": (2, 4, 4), "levels": 4, "width": 4, "order": (1, 0), "head": softmax}
 stack = {"channels": 2, "skip": 2, "layers": 2, "blocks": 1, "kernel": 2, "context_dim": 2}
 teacher = WaveNet(4, 2, 2, layers=1, head=LogisticMixture(4, components=2))
+contraction = {"hidden": (4, 4), "bound": 0.9, "context_dim": 2}
+coder = {"shape": (2, 4, 4), "patch": 2, "width": 4, "hidden": 4}
 board = {"channels": 2, "height": 3, "width": 2, "flip": False}
 convolution = {"channels": 2, "kernel_size": 3, "bias": True}
 
@@ -178,6 +184,7 @@ VALID: dict[str, dict[str, Any]] = {
     "nets.NormedLinear": {"inputs": 2, "outputs": 3},
     "nets.ResidualConvNet": {**network, "weight_norm": False},
     "nets.ResidualMLP": {**network, "activation": nn.ELU},
+    "discrete.Bernoulli": {"channels": 2},
     "discrete.Head": {"levels": 4, "channels": 2},
     "discrete.LogisticMixture": {"levels": 4, "channels": 2, "components": 3},
     "discrete.Softmax": {"levels": 4, "channels": 2},
@@ -232,6 +239,49 @@ VALID: dict[str, dict[str, Any]] = {
     "wavenet.pad": {"x": torch.zeros(2, 5, dtype=torch.long), "lengths": torch.tensor([3, 5])},
     "wavenet.power_loss": {"x": waves, "y": waves.flip(0), "window": 8},
     "wavenet.spectrum_power": {"x": waves, "window": 8},
+    "variational.ConvDecoder": {**coder, "latent_dim": 3, "head": softmax},
+    "variational.ConvEncoder": {**coder, "outputs": 3, "levels": 4},
+    "variational.VAE": {
+        **{"encoder": ConvEncoder((1, 4, 4), 6), "decoder": ConvDecoder((1, 4, 4), 3)},
+        **{"posterior_flow": LU(3), "prior_flow": flow, "warm_up": 2, "free_bits": 0.5},
+    },
+    "variational.posterior_flow": {
+        **{"kind": "sylvester", "dim": 4, "steps": 1, "context_dim": 2, "hidden": (4, 4)},
+        **{"rank": 2, "batch_norm": False, "weight_norm": False},
+    },
+    "variational.reverse_kl": {"flow": flow, "log_density": lambda z: -z.square().sum(1), "n": 4},
+    "variational.vae": {
+        **{**coder, "latent_dim": 3, "flow": "sylvester", "steps": 1, "prior_steps": 1},
+        **{"amortised": True, "features": 2, "flow_hidden": (4, 4), "rank": 2, "warm_up": 2},
+        **{"batch_norm": False, "weight_norm": False, "free_bits": 0.5, "grey_levels": 2},
+    },
+    "conditioning.Conditioned": {"network": nn.Linear(3, 2), "layer": LU(3), "context_dim": 3},
+    "conditioning.FeaturePyramid": {
+        **{"shape": (1, 8, 8), "sizes": ((4, 4), (2, 2)), "features": 2}
+    },
+    "conditioning.Part": {"start": 0, "shape": (1, 2, 2)},
+    "conditioning.SpaceToDepth": {"factor": 2},
+    "models.cinn": {
+        **{**model, "shape": (1, 4, 4), "context_dim": 2, "steps": 1, "levels": 2, "features": 2}
+    },
+    "models.residual_flow": {
+        **{"shape": (1, 4, 4), "layers": 1, "hidden": (4, 4), "levels": 2, "bound": 0.9},
+        **{"log_det": Exact(), "train_log_det": Series(2), "solver": "newton"},
+        **{"context_dim": 2, "grey_levels": 4},
+    },
+    "residual.Exact": {},
+    "residual.LipSwish": {},
+    "residual.LipschitzConvNet": {**contraction, "shape": (2, 4, 4)},
+    "residual.LipschitzMLP": {**contraction, "dim": 3},
+    "residual.LogDet": {},
+    "residual.ResidualBlock": {
+        **{"net": LipschitzMLP(3, 4), "log_det": Exact(), "train_log_det": Series(2)},
+        **{"solver": "newton", "tolerance": 1e-6, "rounds": 50},
+    },
+    "residual.Roulette": {"exact_terms": 1, "mean": 2.0, "law": "poisson"},
+    "residual.Series": {"terms": 2},
+    "residual.SpectralConv2d": {"shape": (2, 4, 4), "outputs": 3, "kernel": 3, "bound": 0.5},
+    "residual.SpectralLinear": {"inputs": 2, "outputs": 3, "bound": 0.5},
     # Of the annexes what a reader calls in every notebook.
     "metrics.bits_per_dim": {"log_prob": -3.0, "dims": 2.0, "levels": 4},
     "metrics.evaluate": {"model": flow, "x": rows, "context": None, "batch_size": 4, "samples": 1},
@@ -267,6 +317,8 @@ NAMES = {
     **dict.fromkeys(("shape", "hidden", "context_dim"), "3 (3,)"),
     **dict.fromkeys(("dropout", "heads", "attention", "padding", "scale", "warmup", "seed"), "0"),
     **dict.fromkeys(("weight_decay", "save_every"), "0"),
+    **dict.fromkeys(("warm_up", "free_bits", "steps", "prior_steps"), "0"),
+    "flow_hidden": "3 (3,)",
     **dict.fromkeys(("size", "patch"), "3"),
     **dict.fromkeys(("path", "checkpoint", "prefix"), "text"),
     **{"*steps": "0 -1 3", "shift": "0 -1", "network": "class"},
@@ -284,6 +336,8 @@ CALLS = {
     "prepared.Prepared.model": "module",
     "checks.randomize_parameters.module": "module",
     "checkpoints.save.model": "module",
+    "residual.ResidualBlock.net": "module",
+    "residual.Roulette.exact_terms": "0",
     # An event's shape will do.
     "checks.check_onto.x": "3 (3,)",
     "models.dequantize.grey_levels": "None",
@@ -298,6 +352,9 @@ LEFT_OUT = {
     "checks.check_normalized.model.module",
     "train.fit.loss.module",
     "checks.check_gradients.model.module",
+    "residual.ResidualBlock.net.module",
+    "variational.VAE.encoder.module",
+    "variational.reverse_kl.log_density.class",
 }
 # What is not there is named itself.
 QUOTES = ("checkpoints.find", "checkpoints.load", "data.card", "data.load")
@@ -396,6 +453,15 @@ def results(made: Any, given: dict[str, Any]) -> list[Any]:
 
 def network_input(net: nn.Module, given: dict[str, Any]) -> Tensor:
     """Two rows of what a network takes: numbers, waveforms or images."""
+    if isinstance(net, ConvEncoder):
+        return torch.zeros(2, *net.shape)
+    if isinstance(net, SpectralNorm):
+        return torch.randn(2, *net.direction.shape)
+    if isinstance(net, LipschitzConvNet):
+        return torch.randn(2, *net.event_shape)
+    fixed = {"FeaturePyramid": (1, 8, 8), "SpaceToDepth": (2, 6, 6), "Part": (9,)}
+    if type(net).__name__ in fixed:
+        return torch.randn(2, *fixed[type(net).__name__])
     count = next((given[name] for name in ("inputs", "width", "dim") if name in given), 3)
     dims = {"WindowConv": 2}.get(type(net).__name__, 0)
     dims = 2 if any(isinstance(part, nn.Conv2d) for part in net.modules()) else dims

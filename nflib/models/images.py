@@ -20,8 +20,18 @@ from nflib.arguments import (
     integer,
     show,
 )
+from nflib.conditioning import Conditioned, SpaceToDepth
 from nflib.convolution import Invertible1x1Conv
-from nflib.core import Bijection, Compose, Flow, Layer, Shape, StandardNormal
+from nflib.core import (
+    Bijection,
+    Compose,
+    EventShape,
+    Flow,
+    Layer,
+    Shape,
+    StandardNormal,
+    describe,
+)
 from nflib.coupling import Coupling, Mask, Network, channels, checkerboard, halves
 from nflib.dequantization import VariationalDequantization
 from nflib.elementwise import Affine, Elementwise, LogisticMixtureCDF
@@ -57,13 +67,15 @@ def realnvp(
         hidden: widths of the conditioners' hidden layers; for an image one residual block for each.
         levels: number of scales of an image.
         normalization: ``"actnorm"`` or ``"batchnorm"``, before each coupling.
-        context_dim: size of the context vector, if any.
+        context_dim: size of the context vector, if any; for an image also the shape
+            ``(K, height, width)`` of an image of the same size. Where the data are squeezed, so is
+            it: every conditioner sees all of it, at its own scale.
         dropout: of the conditioners.
         grey_levels: number of grey levels if the data are integers.
     """
     if not isinstance(shape, int) and len(shape) == 3:
-        net = partial(ResidualConvNet, hidden=hidden, context_dim=context_dim, dropout=dropout)
-        return _image_realnvp(shape, layers, levels, net, normalization, grey_levels)
+        net = partial(ResidualConvNet, hidden=hidden, dropout=dropout)
+        return _image_realnvp(shape, layers, levels, net, normalization, context_dim, grey_levels)
     dim = vector("realnvp", shape, 2)
     mlp = partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
     steps: list[Layer] = dequantize(grey_levels)
@@ -78,26 +90,32 @@ def _image_realnvp(
     shape: Shape,
     layers: int,
     levels: int,
-    net: Network,
+    net: partial[ResidualConvNet],
     normalization: Normalization,
+    context_dim: EventShape | int | None,
     grey_levels: int | None,
 ) -> Flow:
     halvings("realnvp", shape, levels, levels - 1)
+    image = image_context("realnvp", shape, context_dim)
 
-    def couplings(masks: Sequence[Mask], count: int) -> list[Bijection]:
+    def couplings(masks: Sequence[Mask], count: int, factor: int) -> list[Bijection]:
+        seen = partial(net, context_dim=coarser(image, factor) or context_dim)
         steps: list[Bijection] = []
         for mask in masks:
-            steps += [normalize(count, normalization), Coupling(mask, Affine(), net, limit=LIMIT)]
+            steps += [normalize(count, normalization), Coupling(mask, Affine(), seen, limit=LIMIT)]
         return steps
 
     scales, (c, height, width) = [], shape
     for level in range(levels):
-        is_last = level == levels - 1
+        is_last, factor = level == levels - 1, 2**level
         boards = layers if is_last else layers - layers // 2
         board = [checkerboard(c, height, width, flip=k % 2 == 1) for k in range(boards)]
         split = [channels(4 * c, flip=k % 2 == 1) for k in range(layers - boards)]
-        squeezed = [] if is_last else [Squeeze(), *couplings(split, 4 * c)]
-        scales.append(Compose(*couplings(board, c), *squeezed))
+        parts = at_scale(image, factor, couplings(board, c, factor))
+        if not is_last:
+            squeezed = couplings(split, 4 * c, 2 * factor)
+            parts += [Squeeze(), *at_scale(image, 2 * factor, squeezed)]
+        scales.append(Compose(*parts))
         c, height, width = 2 * c, height // 2, width // 2
     whole = Compose(*dequantize(grey_levels), MultiScale(shape, *scales))
     return Flow(whole, StandardNormal(math.prod(shape)))
@@ -129,22 +147,33 @@ def glow(
         context_dim, dropout, grey_levels: see `realnvp`.
     """
     halvings("glow", shape, levels, levels)
-    net = partial(ConvNet, hidden=hidden, context_dim=context_dim, dropout=dropout)
-    tau = elementwise or Affine()
+    image = image_context("glow", shape, context_dim)
     scales, c = [], shape[0]
     for level in range(levels):
-        c *= 4
-        parts: list[Bijection] = [Squeeze()]
-        for _ in range(steps):
-            parts += [ActNorm(c), Invertible1x1Conv(c)]
-            parts.append(Coupling(channels(c), tau, net, limit=LIMIT))
-        if level < levels - 1:
-            # The prior of what leaves here.
-            parts.append(Coupling(channels(c), Affine(), net, limit=LIMIT))
-        scales.append(Compose(*parts))
-        c //= 2
+        seen = coarser(image, 2 ** (level + 1)) or context_dim
+        net = partial(ConvNet, hidden=hidden, context_dim=seen, dropout=dropout)
+        steps_here = glow_level(4 * c, steps, elementwise or Affine(), net, level == levels - 1)
+        scales.append(Compose(*at_scale(image, 2 ** (level + 1), [Squeeze(), *steps_here])))
+        c *= 2
     whole = Compose(*dequantize(grey_levels), MultiScale(shape, *scales))
     return Flow(whole, StandardNormal(math.prod(shape)))
+
+
+def glow_level(
+    c: int, steps: int, elementwise: Elementwise, net: Network, is_last: bool
+) -> list[Bijection]:
+    """Steps of actnorm, invertible 1x1 convolution and coupling on c channels.
+
+    Unless it is the last level half of the channels leaves behind it, by way of a learned prior.
+    """
+    parts: list[Bijection] = []
+    for _ in range(steps):
+        parts += [ActNorm(c), Invertible1x1Conv(c)]
+        parts.append(Coupling(channels(c), elementwise, net, limit=LIMIT))
+    if not is_last:
+        # The prior of what leaves here.
+        parts.append(Coupling(channels(c), Affine(), net, limit=LIMIT))
+    return parts
 
 
 @model
@@ -186,23 +215,27 @@ def flowpp(
     c, height, width = shape
     tau = elementwise or LogisticMixtureCDF(components)
 
-    def network(size: tuple[int, int]) -> Network:
-        gated = partial(GatedConvNet, hidden=hidden, blocks=blocks, heads=attention)
-        return partial(gated, size=size, context_dim=context_dim, dropout=dropout)
+    image = image_context("flowpp", shape, context_dim)
+
+    def network(factor: int) -> Network:
+        size = (height // factor, width // factor)
+        gated = partial(GatedConvNet, hidden=hidden, blocks=blocks, heads=attention, size=size)
+        return partial(gated, context_dim=coarser(image, factor) or context_dim, dropout=dropout)
 
     def step(mask: Mask, count: int, net: Network) -> list[Bijection]:
         return [ActNorm(count), Invertible1x1Conv(count), Coupling(mask, tau, net)]
 
-    steps: list[Bijection] = []
+    steps: list[Layer] = []
     squeezed = (4 * c, height // 2, width // 2)
-    full, small = network((height, width)), network((squeezed[1], squeezed[2]))
+    full, small = network(1), network(2)
     for k in range(first):
         steps += step(checkerboard(*shape, flip=k % 2 == 1), c, full)
-    steps.append(Squeeze())
+    behind: list[Bijection] = []
     for k in range(split):
-        steps += step(channels(4 * c, flip=k % 2 == 1), 4 * c, small)
+        behind += step(channels(4 * c, flip=k % 2 == 1), 4 * c, small)
     for k in range(last):
-        steps += step(checkerboard(*squeezed, flip=k % 2 == 1), 4 * c, small)
+        behind += step(checkerboard(*squeezed, flip=k % 2 == 1), 4 * c, small)
+    steps += [Squeeze(), *at_scale(image, 2, behind)]
 
     pixels: list[Layer] = dequantize(grey_levels)
     if grey_levels is not None and dequantization == "variational":
@@ -222,6 +255,35 @@ def flowpp(
         pixels[0] = VariationalDequantization(grey_levels, Compose(*noise, ActNorm(c)))
     whole = Compose(*pixels, *steps)
     return Flow(whole, StandardNormal(squeezed))
+
+
+def image_context(
+    name: str, shape: Shape, context_dim: EventShape | int | None
+) -> EventShape | None:
+    """The shape of an image of context, which has the data's size; None for a vector or none."""
+    if context_dim is None or isinstance(context_dim, int) or len(context_dim) == 1:
+        return None
+    if len(context_dim) != 3 or tuple(context_dim[1:]) != tuple(shape[1:]):
+        raise ArgumentError(
+            f"{name} expects context_dim to be the size of a vector, or the shape "
+            f"{describe(('K', *shape[1:]))} of an image of the data's size, "
+            f"got {describe(context_dim)}."
+        )
+    return tuple(context_dim)
+
+
+def coarser(image: EventShape | None, factor: int) -> EventShape | None:
+    """The shape of an image of context at a coarser scale: its pixels become channels."""
+    if image is None:
+        return None
+    return image[0] * factor**2, image[1] // factor, image[2] // factor
+
+
+def at_scale(image: EventShape | None, factor: int, layers: Sequence[Layer]) -> list[Layer]:
+    """Layers at a coarser scale, which see an image of context at that scale, too."""
+    if image is None or factor == 1 or not layers:
+        return list(layers)
+    return [Conditioned(SpaceToDepth(factor), Compose(*layers), image)]
 
 
 def three_counts(couplings: Sequence[int]) -> tuple[int, int, int]:

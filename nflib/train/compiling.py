@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nflib import reversible
+from nflib.conditioning import Conditioned
 from nflib.core import Compose, Inverse, Layer
 from nflib.multiscale import MultiScale
 
@@ -56,7 +57,9 @@ def regions(model: nn.Module) -> list[nn.Module]:
         for child in module.children():
             if isinstance(child, Inverse):
                 continue
-            is_whole = isinstance(child, Layer) and not isinstance(child, Compose | MultiScale)
+            is_whole = isinstance(child, Layer) and not isinstance(
+                child, Compose | MultiScale | Conditioned
+            )
             if not is_whole:
                 visit(child)
             elif next(child.parameters(), None) is not None:

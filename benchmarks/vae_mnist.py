@@ -1,0 +1,192 @@
+"""Flows as posteriors of a VAE on static binarized MNIST: one table, three seeds.
+
+    python -m benchmarks.vae_mnist --threads 1             # all rows, goes on where it stopped
+    python -m benchmarks.vae_mnist --rows "plain,iaf 4"    # only these
+
+Encoder and decoder are the same in all rows, and so are epochs and batches; the posterior's flow
+is what changes. Each kind of flow gets its learning rate from the same short search. A row keeps
+the weights that are best on the validation images and is judged on the 10,000 test images: the
+ELBO in its parts (mean of 10 draws of z), and the importance-weighted bound with 200 draws. Rows
+with twice the epochs show what longer training would change. Needs the data, see `nflib.data.load`.
+After every row it writes results/vae_mnist.json; the states of the runs are kept in _build/vae.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from nflib import checkpoints, data
+from nflib.train import History, fit
+from nflib.variational import VAE, vae
+
+SHAPE, LATENTS, DRAWS, ELBO_DRAWS = (1, 28, 28), 40, 200, 10
+TRAINING: dict[str, Any] = {
+    "batch_size": 64,
+    "warmup": 300,
+    "validate_every": 781,
+    "mixed_precision": "bf16",
+}
+WARM_UP = 3905  # steps over which the KL gets its weight
+EPOCHS, SEARCH_EPOCHS = 40, 4
+RATES = (1e-3, 2e-3, 4e-3)
+IAF = {"flow": "iaf", "flow_hidden": (128, 128)}
+DEEP = {"flow": "realnvp", "steps": 20}
+ROWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    **{f"realnvp {k}": {"flow": "realnvp", "steps": k} for k in (2, 5, 10, 20)},
+    **{f"planar {k}": {"flow": "planar", "steps": k} for k in (4, 10, 20, 40)},
+    "iaf 4": {**IAF, "steps": 4},
+    "sylvester 4": {"flow": "sylvester", "steps": 4, "rank": 16},
+    "realnvp 20, batch norm": {**DEEP, "batch_norm": True},
+    "realnvp 20, weight norm": {**DEEP, "weight_norm": True},
+    "realnvp 20, both": {**DEEP, "batch_norm": True, "weight_norm": True},
+}
+# The learning rate of a kind is searched with this row.
+SEARCHED = {
+    "plain": "plain",
+    "realnvp": "realnvp 5",
+    "planar": "planar 10",
+    "iaf": "iaf 4",
+    "sylvester": "sylvester 4",
+}
+TWICE = ("plain", "iaf 4")
+SPLITS = ("train", "valid", "test")
+
+
+def build(name: str) -> VAE:
+    """The model of a row, its weights as the random numbers of the moment make them."""
+    return vae(SHAPE, LATENTS, warm_up=WARM_UP, **ROWS[name])
+
+
+def search(kind: str, splits: dict[str, Tensor]) -> dict[str, Any]:
+    """The validation loss of a kind after a few epochs with each learning rate."""
+    found = {}
+    for rate in RATES:
+        torch.manual_seed(100)
+        model = vae(SHAPE, LATENTS, **ROWS[SEARCHED[kind]])
+        history = fit(
+            model, splits["train"], splits["valid"], epochs=SEARCH_EPOCHS, lr=rate, **TRAINING
+        )
+        found[str(rate)] = min(history.column("valid"))
+    return {"kind": kind, "valid": found, "lr": float(min(found, key=found.__getitem__))}
+
+
+def train(
+    name: str, seed: int, lr: float, epochs: int, splits: dict[str, Tensor], run: Path
+) -> Any:
+    torch.manual_seed(seed)
+    model = build(name)
+    history = fit(
+        model,
+        splits["train"],
+        splits["valid"],
+        epochs=epochs,
+        lr=lr,
+        seed=seed,
+        checkpoint=run,
+        resume=True,
+        save_every=60.0,
+        **TRAINING,
+    )
+    return model, history
+
+
+def judge(model: VAE, test: Tensor) -> dict[str, Any]:
+    """ELBO and its parts, and the importance-weighted bound, of the test images, in nats."""
+    model.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        bounds = [model.bound(part, ELBO_DRAWS) for part in test.split(500)]
+        weights = [model.log_weights(part, DRAWS) for part in test.split(20)]
+    reconstruction = torch.cat([b.reconstruction for b in bounds]).double()
+    kl = torch.cat([b.kl for b in bounds]).double()
+    tight = torch.cat([w.double().logsumexp(0) - math.log(DRAWS) for w in weights])
+    return {
+        "reconstruction": -reconstruction.mean().item(),
+        "kl": kl.mean().item(),
+        "negative_elbo": (kl - reconstruction).mean().item(),
+        "elbo_draws": ELBO_DRAWS,
+        "negative_log_p": -tight.mean().item(),
+        "iw_draws": DRAWS,
+        "standard_error": (tight.std() / len(tight) ** 0.5).item(),
+    }
+
+
+def row(
+    name: str, seed: int, lr: float, epochs: int, splits: dict[str, Tensor], runs: Path
+) -> dict[str, Any]:
+    """Train and judge one model, and keep its weights beside its state."""
+    place = runs / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}_{epochs}.safetensors"
+    model, history = train(name, seed, lr, epochs, splits, place)
+    last = history.records[-1]
+    facts = {
+        "name": name,
+        "seed": seed,
+        "lr": lr,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "updates": int(last["step"]),
+        "epochs": last["epoch"],
+        "best_step": history.best_step,
+        "seconds": last["seconds"],
+        "train": last["train"],
+        "valid": min(history.column("valid")),
+        "curve": curve(history),
+    }
+    facts |= judge(model, splits["test"])
+    checkpoints.save(model, place.with_suffix(".weights.safetensors"), facts={"name": name})
+    print({k: v for k, v in facts.items() if k != "curve"}, flush=True)
+    return facts
+
+
+def curve(history: History) -> list[list[float]]:
+    """Epoch, and validation loss in nats."""
+    return [[round(r["epoch"], 1), round(r["valid"], 2)] for r in history.records]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(ROWS).replace(", ", ";"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--runs", type=Path, default=machine.ROOT / "_build" / "vae")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "results" / "vae_mnist.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    splits = {s: data.load("binarized_mnist", s).x for s in SPLITS}
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result = {
+        "what": "VAE on static binarized MNIST: nats of the 10,000 test images, lower is better; "
+        "negative ELBO with its parts, and the importance-weighted bound",
+        **machine.facts("benchmarks.vae_mnist"),
+        "training": TRAINING | {"kl_warm_up": WARM_UP, "schedule": "cosine"},
+        "search": result.get("search", []),
+        "rows": result.get("rows", []),
+    }
+    names = [name.replace(";", ", ") for name in options.rows.split(",")]
+    wanted = [(name, seed, options.epochs) for seed in range(options.seeds) for name in names]
+    wanted += [(name, 0, 2 * options.epochs) for name in TWICE if name in names]
+    for name, seed, epochs in wanted:
+        kind = name.split()[0]
+        rates = {s["kind"]: s["lr"] for s in result["search"]}
+        if kind not in rates:
+            result["search"].append(search(kind, splits))
+            machine.write(options.out, result)
+            rates[kind] = result["search"][-1]["lr"]
+        done = {(r["name"], r["seed"], round(r["epochs"])) for r in result["rows"]}
+        if (name, seed, epochs) not in done:
+            result["rows"].append(row(name, seed, rates[kind], epochs, splits, options.runs))
+            machine.write(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
