@@ -151,6 +151,12 @@ ROWS |= {
     "IAF": vectors(
         partial(models.iaf, 64, 2, **vector_flow), "affine autoregressive, read backwards"
     ),
+    "Residual flow": Row(
+        partial(models.residual_flow, 64, 5, (96, 96), grey_levels=LEVELS),
+        "residual blocks, log-det by roulette in training",
+        vectors=True,
+        lr=2e-2,
+    ),
 }
 LONG = {name: ROWS[name] for name in ("MixerFlow, bands", "RealNVP, vectors")}
 
