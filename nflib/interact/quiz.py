@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nflib.arguments import Count, Rule, Size, checked
+from nflib.interact.page import Page
 from nflib.plot.arrays import array
 
 # A handler finds its figure from the button it belongs to: no ids, no script tag, see `Frames`.
@@ -39,7 +39,7 @@ Pictures = Annotated[
 ]
 
 
-class Quiz:
+class Quiz(Page):
     """Pictures that are buttons, shown where it is a notebook cell's last expression.
 
     Attributes:
@@ -57,15 +57,6 @@ class Quiz:
 
     def __str__(self) -> str:
         return f"Question with {len(self.files)} pictures to choose from: {self.question}"
-
-    __repr__ = __str__
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/html": self.html, "text/plain": str(self)}
-
-    def save(self, file: str | Path) -> None:
-        """Write the figure as a page of its own."""
-        Path(file).write_text(f"<!doctype html><meta charset='utf-8'>{self.html}", "utf-8")
 
     @property
     def html(self) -> str:

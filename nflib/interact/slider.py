@@ -6,13 +6,13 @@ import base64
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nflib.interact.page import Page
 from nflib.interact.render import Draw, Place, encode, picture
 
 # Handlers find their figure from the element they belong to: no ids, so any number of figures
@@ -35,7 +35,7 @@ _PLAY = (
 )
 
 
-class Frames:
+class Frames(Page):
     """Pictures with a slider, shown where it is a notebook cell's last expression.
 
     Attributes:
@@ -68,15 +68,6 @@ class Frames:
             f"{len(self)} pictures. At {self.label} = {self.names[self.start]}: "
             f"{self.alts[self.start]}"
         )
-
-    __repr__ = __str__
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/html": self.html, "text/plain": str(self)}
-
-    def save(self, file: str | Path) -> None:
-        """Write the figure as a page of its own."""
-        Path(file).write_text(f"<!doctype html><meta charset='utf-8'>{self.html}", "utf-8")
 
     @property
     def html(self) -> str:
