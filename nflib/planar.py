@@ -170,6 +170,7 @@ class Sylvester(ConditionedParameters):
         k_m = 1 + tanh(a_m) tanh(c_m) = 2 (sigma(2 a_m) sigma(2 c_m) + sigma(-2 a_m) sigma(-2 c_m))
 
     The inverse solves one increasing equation for each of the M coordinates, the last one first.
+    Starts at the identity (R = 0) with a random Q, R' and b.
 
     Shapes: x, z ``(batch, dim)``. Cost: O(M D + M^2) forward; M root findings back. Paper: van den
     Berg et al. 2018, https://arxiv.org/abs/1803.05649 (their Householder variant).
@@ -193,7 +194,8 @@ class Sylvester(ConditionedParameters):
             dim,
             context_dim,
             vectors=torch.randn(m, dim),
-            triangles=torch.randn(m, m) / m**0.5,
+            # R = 0, and R' is what learns the directions from.
+            triangles=torch.randn(m, m).tril(-1) / m**0.5,
             diagonal=torch.randn(m) / m**0.5,
             b=torch.randn(m),
         )

@@ -452,7 +452,7 @@ def test_rows_that_do_not_converge_are_named() -> None:
     message = (
         r"^ResidualBlock\.inverse expects to come within [\d.e-]+ of z in 50 rounds, got 2 of 4 "
         r"rows that are not there \(rows 1, 3\), the worst [\d.e+]+ away; a network with a "
-        r"Lipschitz constant below 1 would converge\.$"
+        r"Lipschitz constant below 1 converges if it gets enough rounds\.$"
     )
     with pytest.raises(ConvergenceError, match=message):
         block.inverse(x)

@@ -89,7 +89,7 @@ def refuse(residual: Tensor, limit: Tensor, rounds: int, name: str) -> None:
     raise ConvergenceError(
         f"{name} expects to come within {limit[bad].min().item():.2g} of z in {rounds} rounds, got "
         f"{len(rows)} of {len(residual)} rows that are not there ({words}), the worst {worst:.2g} "
-        "away; a network with a Lipschitz constant below 1 would converge."
+        "away; a network with a Lipschitz constant below 1 converges if it gets enough rounds."
     )
 
 
