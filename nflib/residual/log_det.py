@@ -92,8 +92,9 @@ class Roulette(LogDet):
     ``"geometric"``: ``P(N >= j) = q^j``, ``q = mean / (1 + mean)``; the variance is finite if the
     largest singular value of J is below sqrt(q). ``"poisson"``, which the paper trains with: the
     probabilities fall faster than q^k for every q, so the variance is infinite wherever J has an
-    eigenvalue other than zero, by terms so rare that they are hardly ever met. Training that scatters too much wants a smaller
-    bound of the network, more exact terms, or in few dimensions `Exact`.
+    eigenvalue other than zero, by terms so rare that they are hardly ever met. Training that
+    scatters too much wants a smaller bound of the network, more exact terms, or in few dimensions
+    `Exact`.
 
     Cost: b + mean + 1 products, on average.
 
