@@ -250,6 +250,26 @@ class Coupling(Bijection):
         moved, terms = self.elementwise.inverse(moved, self.theta(kept, context))
         return self.mask.merge(kept, moved), sum_log_det(terms)
 
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Hand what the conditioner sees to its own ``initialize``, if it has one.
+
+        A `nflib.kernels.KernelConditioner` has; it is called as the conditioner is.
+        """
+        self._initialize(x, context)
+
+    @torch.no_grad()
+    def initialize_inverse(self, z: Tensor, context: Tensor | None = None) -> None:
+        # Kept is kept: the conditioner sees the same part in both directions.
+        self._initialize(z, context, inverse=True)
+
+    def _initialize(self, x: Tensor, context: Tensor | None, inverse: bool = False) -> None:
+        initialize = getattr(self.conditioner, "initialize", None)
+        if initialize is not None:
+            self.check_input(x, context, inverse)
+            seen = within(self.mask.split(x)[0], self.limit)
+            initialize(seen, *([] if self.context_shape is None else [context]))
+
     def extra_repr(self) -> str:
         limit = "" if math.isinf(self.limit) else f", limit={self.limit:g}"
         return f"{self.elementwise!r}{limit}"

@@ -26,6 +26,7 @@ from nflib.core import Compose, Flow, Layer, Model, StandardNormal
 from nflib.coupling import Mask, halves
 from nflib.discrete import Head, LogisticMixture, Softmax
 from nflib.elementwise import Affine, Elementwise
+from nflib.kernels import Kernel, Matern52
 from nflib.linear import LU, Diagonal
 from nflib.multiscale import Squeeze
 from nflib.nets import MLP
@@ -39,7 +40,7 @@ from nflib.wavenet import CausalStack, ParallelWaveNet, WaveNet
 FLOORS = """
 arguments cache graphs rootfinding core checks elementwise coupling autoregressive linear
 convolution normalization multiscale dequantization planar precision prepared mixer nets discrete
-domains reversible conditioning residual models pixel wavenet variational
+domains reversible conditioning residual kernels models pixel wavenet variational
 """.split()
 
 # Arithmetic that layers do in every step, where a check would cost time, and what speaks for the
@@ -261,8 +262,21 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "conditioning.Part": {"start": 0, "shape": (1, 2, 2)},
     "conditioning.SpaceToDepth": {"factor": 2},
+    "kernels.Kernel": {"dim": 3},
+    "kernels.KernelConditioner": {
+        **{"inputs": 2, "outputs": 4, "points": 5, "kernel": Matern52, "groups": 2},
+        **{"context_dim": 2},
+    },
+    "kernels.Matern32": {"dim": 3},
+    "kernels.Matern52": {"dim": 3},
+    "kernels.SquaredExponential": {"dim": 3},
+    "kernels.with_rkhs_penalty": {"weight": 1e-3},
     "models.cinn": {
         **{**model, "shape": (1, 4, 4), "context_dim": 2, "steps": 1, "levels": 2, "features": 2}
+    },
+    "models.ferumal": {
+        **{"dim": 4, "points": 5, "layers": 1, "backbone": "glow", "kernel": Matern52},
+        **{"context_dim": 2, "grey_levels": 4},
     },
     "models.residual_flow": {
         **{"shape": (1, 4, 4), "layers": 1, "hidden": (4, 4), "levels": 2, "bound": 0.9},
@@ -324,7 +338,10 @@ NAMES = {
     **{"*steps": "0 -1 3", "shift": "0 -1", "network": "class"},
 }
 CALLS = {
-    **{f"models.{name}.dim": "(3,)" for name in ("nice", "spline_flow", "naf", "maf", "iaf")},
+    **{
+        f"models.{name}.dim": "(3,)"
+        for name in ("nice", "spline_flow", "naf", "maf", "iaf", "ferumal")
+    },
     "linear.Permutation.order": "3",
     "metrics.bits_per_dim.dims": "() (3,)",
     "metrics.bits_per_dim.log_prob": "0 -1 nan tensor",
@@ -338,6 +355,7 @@ CALLS = {
     "checkpoints.save.model": "module",
     "residual.ResidualBlock.net": "module",
     "residual.Roulette.exact_terms": "0",
+    "kernels.with_rkhs_penalty.weight": "0",
     # An event's shape will do.
     "checks.check_onto.x": "3 (3,)",
     "models.dequantize.grey_levels": "None",
@@ -446,6 +464,8 @@ def results(made: Any, given: dict[str, Any]) -> list[Any]:
         return [made.log_prob(torch.zeros(2, made.channels, 3), parameters)]
     if hasattr(made, "log_prob"):
         return [made.log_prob(made.sample(2))]
+    if isinstance(made, Kernel):
+        return [made(torch.randn(2, len(made.log_length)), torch.randn(3, len(made.log_length)))]
     if isinstance(made, nn.Module) and not isinstance(made, Flow):
         return [made(network_input(made, given), *([] if context is None else [context]))]
     return list(made) if isinstance(made, tuple) else [made]

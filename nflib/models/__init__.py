@@ -17,10 +17,12 @@ that every conditioner sees.
     mixerflow    affine, in matrices    LU, along both sides  uniform          no
     cinn         affine                 permutations or 1x1   uniform          yes (images)
     residual_flow  x + g(x), contraction  none                uniform          if asked (images)
+    ferumal      affine, kernel machines  permutations or LU  uniform          no
 """
 
 from nflib.models.conditional import cinn
 from nflib.models.images import flowpp, glow, realnvp
+from nflib.models.kernelised import ferumal
 from nflib.models.mixer import mixerflow
 from nflib.models.parts import dequantize, normalize
 from nflib.models.residual import residual_flow
@@ -29,6 +31,7 @@ from nflib.models.vectors import iaf, maf, naf, nice, spline_flow
 __all__ = [
     "cinn",
     "dequantize",
+    "ferumal",
     "flowpp",
     "glow",
     "iaf",
