@@ -16,7 +16,7 @@ from nflib.autoregressive import MaskedAutoregressive
 from nflib.conditioning import Conditioned
 from nflib.convolution import CausalConv, EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection, Compose, Inverse
-from nflib.coupling import Coupling, alternating, channels, checkerboard, halves
+from nflib.coupling import Coupling, Injector, alternating, channels, checkerboard, halves
 from nflib.dequantization import Logit
 from nflib.elementwise import (
     Additive,
@@ -140,6 +140,8 @@ LAYERS: dict[str, Case] = {
     "conditioned": Case(
         lambda: Conditioned(nn.Linear(3, 2), Coupling(halves(4), affine, mlp2), 3), (4,), 3
     ),
+    "affine injector": Case(lambda: Injector(4, affine, mlp, 2), (4,), 2),
+    "mixture injector": Case(lambda: Injector(3, mixture, mlp, 2), (3,), 2),
     "residual block": Case(lambda: ResidualBlock(LipschitzMLP(3, 6)), (3,)),
     "residual block, newton, context": Case(
         lambda: ResidualBlock(LipschitzMLP(3, 6, context_dim=2), solver="newton"), (3,), 2

@@ -135,6 +135,9 @@ VALID: dict[str, dict[str, Any]] = {
     "coupling.CheckerboardMask": board,
     "coupling.Coupling": {"mask": halves(3), "elementwise": affine, "network": mlp, "limit": 4.0},
     "coupling.DimensionMask": {"keep": (True, False)},
+    "coupling.Injector": {
+        **{"channels": 4, "elementwise": affine, "network": mlp, "context_dim": 2}
+    },
     "coupling.Mask": {},
     "coupling.alternating": {"dim": 4, "flip": False},
     "coupling.channels": {"count": 4, "flip": False},
@@ -257,10 +260,13 @@ VALID: dict[str, dict[str, Any]] = {
         **{"batch_norm": False, "weight_norm": False, "free_bits": 0.5, "grey_levels": 2},
     },
     "conditioning.Conditioned": {"network": nn.Linear(3, 2), "layer": LU(3), "context_dim": 3},
+    "conditioning.DenseBlock": {"width": 4},
+    "conditioning.DenseEncoder": {"channels": 2, "features": 4, "blocks": 1},
     "conditioning.FeaturePyramid": {
         **{"shape": (1, 8, 8), "sizes": ((4, 4), (2, 2)), "features": 2}
     },
     "conditioning.Part": {"start": 0, "shape": (1, 2, 2)},
+    "conditioning.Resize": {"size": (2, 4)},
     "conditioning.SpaceToDepth": {"factor": 2},
     "kernels.Kernel": {"dim": 3},
     "kernels.KernelConditioner": {
@@ -277,6 +283,10 @@ VALID: dict[str, dict[str, Any]] = {
     "models.ferumal": {
         **{"dim": 4, "points": 5, "layers": 1, "backbone": "glow", "kernel": Matern52},
         **{"context_dim": 2, "grey_levels": 4},
+    },
+    "models.srflow": {
+        **{"shape": (1, 4, 4), "scale": 2, "steps": 1, "hidden": (4, 4), "levels": 2},
+        **{"features": 4, "blocks": 1, "transitions": 1, "dropout": 0.1, "grey_levels": 4},
     },
     "models.residual_flow": {
         **{"shape": (1, 4, 4), "layers": 1, "hidden": (4, 4), "levels": 2, "bound": 0.9},
@@ -359,6 +369,7 @@ CALLS = {
     # An event's shape will do.
     "checks.check_onto.x": "3 (3,)",
     "models.dequantize.grey_levels": "None",
+    "models.srflow.transitions": "0",
     "planar.ConditionedParameters.context_dim": "None",
 }
 # Not tried: what takes a minute, and what the error of the reader's own function would be.
@@ -480,9 +491,11 @@ def network_input(net: nn.Module, given: dict[str, Any]) -> Tensor:
     if isinstance(net, LipschitzConvNet):
         return torch.randn(2, *net.event_shape)
     fixed = {"FeaturePyramid": (1, 8, 8), "SpaceToDepth": (2, 6, 6), "Part": (9,)}
+    fixed |= {"Resize": (2, 6, 6)}
     if type(net).__name__ in fixed:
         return torch.randn(2, *fixed[type(net).__name__])
-    count = next((given[name] for name in ("inputs", "width", "dim") if name in given), 3)
+    sizes_in = ("inputs", "width", "dim", "channels")
+    count = next((given[name] for name in sizes_in if name in given), 3)
     dims = {"WindowConv": 2}.get(type(net).__name__, 0)
     dims = 2 if any(isinstance(part, nn.Conv2d) for part in net.modules()) else dims
     dims = 1 if any(isinstance(part, nn.Conv1d) for part in net.modules()) else dims

@@ -36,7 +36,7 @@ SMALL = {
     ],
 }
 # What a command cannot say: the context of a data set, the estimators of a log-det.
-WITHOUT = {"cinn", "residual_flow"}
+WITHOUT = {"cinn", "residual_flow", "srflow"}
 RUN = ["--data", "digits", "--rows", "64", "--valid-rows", "32", "--updates", "2"]
 
 

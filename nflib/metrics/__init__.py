@@ -1,9 +1,10 @@
-"""Numbers that can be compared: likelihoods in nats and bits per dimension, and calibration.
+"""Numbers that can be compared: nats, bits per dimension, calibration, likeness of images.
 
 Anomalies are judged by scikit-learn's ``roc_auc_score(is_anomaly, -log_probs(model, x))``.
 """
 
 from nflib.metrics.calibration import coverage, crps, pit
+from nflib.metrics.images import psnr, ssim
 from nflib.metrics.likelihood import (
     CountsDims,
     Dims,
@@ -29,4 +30,6 @@ __all__ = [
     "evaluate",
     "log_probs",
     "pit",
+    "psnr",
+    "ssim",
 ]

@@ -16,6 +16,7 @@ that every conditioner sees.
     flowpp       mixture-logistic CDF   1x1 convolutions      variational      yes
     mixerflow    affine, in matrices    LU, along both sides  uniform          no
     cinn         affine                 permutations or 1x1   uniform          yes (images)
+    srflow       affine                 1x1 convolutions      uniform          yes
     residual_flow  x + g(x), contraction  none                uniform          if asked (images)
     ferumal      affine, kernel machines  permutations or LU  uniform          no
 """
@@ -26,6 +27,7 @@ from nflib.models.kernelised import ferumal
 from nflib.models.mixer import mixerflow
 from nflib.models.parts import dequantize, normalize
 from nflib.models.residual import residual_flow
+from nflib.models.super_resolution import srflow
 from nflib.models.vectors import iaf, maf, naf, nice, spline_flow
 
 __all__ = [
@@ -43,4 +45,5 @@ __all__ = [
     "realnvp",
     "residual_flow",
     "spline_flow",
+    "srflow",
 ]
