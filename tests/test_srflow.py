@@ -26,7 +26,8 @@ from nflib.core import DataError, Flow, ShapeError
 from nflib.coupling import Coupling, Injector
 from nflib.data import photographs
 from nflib.dequantization import Logit, UniformDequantization
-from nflib.elementwise import Affine, MonotoneNet, RationalQuadraticSpline
+from nflib.elementwise import Additive, Affine, MonotoneNet, RationalQuadraticSpline
+from nflib.models.super_resolution import MinusEnlarged
 from nflib.multiscale import MultiScale, Squeeze
 from nflib.nets import MLP, ConvNet
 from nflib.normalization import ActNorm
@@ -239,7 +240,9 @@ def test_srflow_draws_for_each_small_image_and_scores_the_draws(name: str) -> No
 
 def test_the_layers_stand_in_the_papers_order() -> None:
     flow, *_ = ready("twice")
-    (whole,) = list(flow.bijection)
+    shift, whole = list(flow.bijection)
+    assert isinstance(shift.network, MinusEnlarged)
+    assert isinstance(shift.layer.elementwise, Additive)
     assert isinstance(whole.network, DenseEncoder)
     mix = [ActNorm, Invertible1x1Conv]
     for k, level in enumerate(whole.layer.levels):
@@ -254,12 +257,32 @@ def test_the_layers_stand_in_the_papers_order() -> None:
     assert {c.limit for c in of_kind(flow, Coupling)} == {12.0}
 
 
+def test_what_bicubic_enlargement_gives_is_subtracted() -> None:
+    torch.manual_seed(0)
+    small, large = torch.randn(2, 3, 4, 2), torch.randn(2, 3, 16, 8)
+    (shift, _) = list(models.srflow((3, 16, 8), levels=3).bijection)
+    rest, log_det = shift(large, small)
+    enlarged = F.interpolate(small, scale_factor=4.0, mode="bicubic")
+    torch.testing.assert_close(rest, large - enlarged)
+    assert log_det.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(shift.inverse(rest, small)[0], large)
+    # Of grey levels: an even picture leaves the dequantization noise alone, around zero.
+    (dequantization, shift, _) = list(
+        models.srflow((1, 8, 8), 2, levels=2, grey_levels=5).bijection
+    )
+    for level in range(5):
+        small = torch.full((1, 1, 4, 4), 2 * level / 4 - 1)
+        large = dequantization(torch.full((1, 1, 8, 8), level, dtype=torch.uint8))[0]
+        noise = 5 * shift(large, small)[0]
+        assert -0.5001 < noise.min() < -0.25 < 0.25 < noise.max() < 0.5001
+
+
 def test_what_is_asked_for_is_built() -> None:
     flow = models.srflow((3, 16, 16), 4, 3, (7, 5), levels=2, features=6, blocks=3, dropout=0.25)
     (encoder,) = of_kind(flow, DenseEncoder)
     assert encoder.features == 18
     assert len(encoder.blocks) == 3
-    assert len(of_kind(flow, Injector)) == 2 * 3
+    assert len(of_kind(flow, Injector)) == 1 + 2 * 3
     nets = of_kind(flow, ConvNet)
     assert len(nets) == 2 * 3 + 2 * 3 + 1
     assert {net.first.conv.out_channels for net in nets} == {7}
@@ -281,7 +304,7 @@ def test_the_encoder_runs_once_a_call() -> None:
 def test_every_conditional_layer_sees_the_small_image_and_so_do_gradients() -> None:
     flow, x, low = ready("four times")
     low = low[:1].requires_grad_()
-    parts = [*of_kind(flow, Injector), *of_kind(flow, Coupling)]
+    parts = [*of_kind(flow, Injector)[1:], *of_kind(flow, Coupling)]
     assert len(parts) == 2 + 2 + 1
     seen: list[Tensor] = []
     for part in parts:
