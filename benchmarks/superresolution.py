@@ -38,8 +38,8 @@ MODEL = {
     **{"features": 16, "blocks": 2, "grey_levels": 256},
 }
 TRAINING = {"batch_size": 16, "warmup": 100, "ema": 0.999, "weight_decay": 1e-2, "clip": 500.0}
-STEPS = {"srflow": 12_000, "mean network": 6_000}
-SEARCH_STEPS = {"srflow": 1_000, "mean network": 600}
+STEPS = {"srflow": 4_000, "mean network": 3_000}
+SEARCH_STEPS = {"srflow": 300, "mean network": 300}
 RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
 TEMPERATURES = (0.0, 0.4, 0.6, 0.8, 0.9, 1.0)
