@@ -39,10 +39,10 @@ from nflib.nets import MLP
 from nflib.train import NonFiniteError, fit
 
 SEEDS = 5
-RATES, DECAYS = (1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0)
+RATES, DECAYS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.1, 1.0)
 # Of the squared RKHS norms, before they are divided by the number of training rows.
 PENALTIES = (1.0, 10.0, 100.0)
-HIDDEN = (64, 64)
+HIDDEN, NARROW = (64, 64), (16, 16)
 SMALL = (100, 500)
 Rows = dict[str, Tensor]
 
@@ -64,9 +64,9 @@ def budget(x: Rows) -> Budget:
     return FEW if len(x["train"]) < 2000 else MANY
 
 
-def lu_coupling(dim: int) -> Flow:
+def lu_coupling(dim: int, hidden: tuple[int, ...] = HIDDEN) -> Flow:
     """Affine couplings with LU layers between them: Glow, with a vector for an image."""
-    net = partial(MLP, hidden=HIDDEN)
+    net = partial(MLP, hidden=hidden)
     return Flow(Compose(*linear_couplings(dim, 8, Affine(), net)), StandardNormal(dim))
 
 
@@ -89,6 +89,8 @@ FLOWS: dict[str, Callable[[int], Flow]] = {
     "Residual flow": lambda dim: models.residual_flow(dim, 4, (96, 96)),
     "Ferumal RealNVP": models.ferumal,
     "Ferumal Glow": partial(models.ferumal, backbone="glow"),
+    "RealNVP 16": lambda dim: models.realnvp(dim, 8, NARROW),
+    "Glow 16": lambda dim: lu_coupling(dim, NARROW),
 }
 
 
@@ -146,7 +148,10 @@ SCIKIT: dict[str, Callable[[Rows, int], tuple[Scikit, dict[str, Any]]]] = {
 # Nothing in these depends on the seed.
 FIXED = ("Gaussian", "Kernel density")
 MODELS = [*SCIKIT, *FLOWS]
-OF_SMALL = [*SCIKIT, "RealNVP", "Glow", "Ferumal RealNVP", "Ferumal Glow"]
+OF_SMALL = [
+    *SCIKIT,
+    *("RealNVP", "Glow", "RealNVP 16", "Glow 16", "Ferumal RealNVP", "Ferumal Glow"),
+]
 TABLES = ("wine", "breast_cancer", "diabetes", "power_plant", "protein")
 SETS = [*TABLES, *(f"{name} {n}" for name in ("power_plant", "protein") for n in SMALL)]
 
