@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import machine
-from benchmarks.colorization import energy_distance
+from benchmarks.colorization import energy_distance, floor
 from nflib import checkpoints, data, models
 from nflib.conditioning import DenseEncoder
 from nflib.data import photographs
@@ -161,7 +161,7 @@ class Judge:
         found = statistics(sets["train"][1][:: WINDOWS["train"] // WINDOWS["test"]])
         self.scale = found.std(0)
         self.real = statistics(self.high) / self.scale
-        self.floor = energy_distance(found / self.scale, self.real)
+        self.floor = floor(torch.cat([found / self.scale, self.real]))
 
     def __call__(self, draws: Tensor) -> dict[str, float]:
         draws = draws.float().round().clamp(0, 255)
