@@ -27,7 +27,7 @@ from benchmarks import machine
 from nflib import checkpoints, data, models
 from nflib.conditioning import FeaturePyramid
 from nflib.data import photographs
-from nflib.train import fit
+from nflib.train import History, fit
 
 SIZE, COLOURS = 64, 32
 CROPS = 40  # of each training photograph
@@ -100,7 +100,7 @@ def build(kind: str) -> nn.Module:
 
 
 def train(kind: str, lr: float, seed: int, steps: int, sets: dict[str, Any]) -> dict[str, Any]:
-    """Train one model; the row says where it stopped improving. The model is under "model"."""
+    """Train one model; the row says where it stopped improving. The model is under "trained"."""
     torch.manual_seed(seed)
     model = build(kind)
     pairs = {name: (colours, light) for name, (light, colours) in sets.items()}
@@ -120,16 +120,19 @@ def train(kind: str, lr: float, seed: int, steps: int, sets: dict[str, Any]) -> 
         loss=squared_error if kind == "mean network" else None,
         **TRAINING,
     )
-    model.eval()
+    row = {"model": kind, "lr": lr, "seed": seed, "steps": steps}
+    return {**row, **facts_of(model, history), "trained": model.eval()}
+
+
+def facts_of(model: nn.Module, history: History) -> dict[str, Any]:
+    """How long a model was trained, how large it is, and where it stopped improving."""
     last = history.records[-1]
     curve = [{k: r[k] for k in ("step", "train", "valid") if k in r} for r in history.records]
     return {
-        **{"model": kind, "lr": lr, "seed": seed, "steps": steps, "epochs": last["epoch"]},
-        "seconds": last["seconds"],
+        **{"epochs": last["epoch"], "seconds": last["seconds"]},
         "parameters": sum(p.numel() for p in model.parameters()),
         **{"best_step": history.best_step, "history": curve},
         "valid": min(r["valid"] for r in curve if "valid" in r),
-        "trained": model,
     }
 
 

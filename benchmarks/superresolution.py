@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import machine
-from benchmarks.colorization import energy_distance, floor
+from benchmarks.colorization import energy_distance, facts_of, floor
 from nflib import checkpoints, data, models
 from nflib.conditioning import DenseEncoder
 from nflib.data import photographs
@@ -117,17 +117,8 @@ def train(kind: str, lr: float, seed: int, steps: int, sets: dict[str, Pair]) ->
         loss=squared_error if kind == "mean network" else None,
         **TRAINING,
     )
-    model.eval()
-    last = history.records[-1]
-    curve = [{k: r[k] for k in ("step", "train", "valid") if k in r} for r in history.records]
-    return {
-        **{"model": kind, "lr": lr, "seed": seed, "steps": steps, "epochs": last["epoch"]},
-        "seconds": last["seconds"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **{"best_step": history.best_step, "history": curve},
-        "valid": min(r["valid"] for r in curve if "valid" in r),
-        "trained": model,
-    }
+    row = {"model": kind, "lr": lr, "seed": seed, "steps": steps}
+    return {**row, **facts_of(model, history), "trained": model.eval()}
 
 
 def statistics(images: Tensor) -> Tensor:
