@@ -193,10 +193,15 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 
 def floor(x: Tensor, splits: int = 200) -> dict[str, float]:
-    """The energy distance of two random halves of photographs, which is 0 up to this noise."""
+    """The energy distance of two random halves of photographs, which is 0 up to this noise.
+
+    x ``(photographs, numbers)``, or ``(photographs, windows, numbers)``: those of one photograph
+    are in the same half.
+    """
     random, half = torch.Generator().manual_seed(0), len(x) // 2
     orders = [torch.randperm(len(x), generator=random) for _ in range(splits)]
-    found = [energy_distance(x[order[:half]], x[order[half:]]) for order in orders]
+    halves = [(x[order[:half]], x[order[half:]]) for order in orders]
+    found = [energy_distance(*(h.reshape(-1, x.shape[-1]) for h in pair)) for pair in halves]
     values = torch.tensor(found)
     return {"splits": splits, "mean": float(values.mean()), "largest": float(values.max())}
 

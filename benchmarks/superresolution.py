@@ -161,7 +161,8 @@ class Judge:
         found = statistics(sets["train"][1][:: WINDOWS["train"] // WINDOWS["test"]])
         self.scale = found.std(0)
         self.real = statistics(self.high) / self.scale
-        self.floor = floor(torch.cat([found / self.scale, self.real]))
+        all_of_them = torch.cat([found / self.scale, self.real])
+        self.floor = floor(all_of_them.unflatten(0, (-1, WINDOWS["test"])))
 
     def __call__(self, draws: Tensor) -> dict[str, float]:
         draws = draws.float().round().clamp(0, 255)
