@@ -40,7 +40,7 @@ MODEL = {
 TRAINING = {"batch_size": 16, "warmup": 100, "ema": 0.999, "weight_decay": 1e-2, "clip": 500.0}
 # An average over the last thousand steps would still remember the start of so short a run.
 SEARCH = {**TRAINING, "ema": 0.98}
-STEPS = {"srflow": 4_000, "mean network": 2_000}
+STEPS = {"srflow": 4_000, "mean network": 4_000}
 SEARCH_STEPS = {"srflow": 300, "mean network": 300}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
