@@ -1,8 +1,9 @@
 """benchmarks.regression and benchmarks.anomalies: their preparation and their scores."""
 
+import pytest
 import torch
 
-from benchmarks import anomalies, regression
+from benchmarks import anomalies, colorization, regression
 from nflib.metrics import crps
 
 
@@ -70,3 +71,19 @@ def test_auc_is_one_for_rows_with_less_log_p_and_zero_for_rows_with_more() -> No
     found = anomalies.judged(Far(), x)
     assert found["low"] == {"left out": 1, "shuffled": 0.5, "pulled in": 0, "pushed out": 1}
     assert found["far from the mean"]["pulled in"] == 1
+
+
+def test_windows_of_one_photograph_are_in_the_same_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = []
+
+    def record(one: torch.Tensor, other: torch.Tensor) -> float:
+        halves.append((set(one[:, 0].tolist()), set(other[:, 0].tolist())))
+        return 0.0
+
+    monkeypatch.setattr(colorization, "energy_distance", record)
+    photograph = torch.arange(6.0)[:, None, None].expand(6, 2, 3)
+    assert colorization.floor(photograph, splits=5) == {"splits": 5, "mean": 0.0, "largest": 0.0}
+    assert len(halves) == 5
+    for one, other in halves:
+        assert len(one) == len(other) == 3
+        assert not one & other
