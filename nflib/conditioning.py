@@ -22,6 +22,7 @@ from nflib.arguments import (
     Count,
     ImageShape,
     Rule,
+    Sides,
     Size,
     checked,
     integer,
@@ -29,7 +30,7 @@ from nflib.arguments import (
 )
 from nflib.core import EventShape, Layer, Shape, ShapeError, describe, fits
 from nflib.multiscale import Squeeze
-from nflib.nets import in_place, shape_of
+from nflib.nets import in_place, shape_of, widths
 
 
 def _scales(value: Any) -> tuple[tuple[int, int], ...]:
@@ -151,6 +152,88 @@ class SpaceToDepth(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.squeeze(image)[0]
+
+
+class Resize(nn.Module):
+    """An image of context at another size: ``(batch, K, H, W) -> (batch, K, *size)``.
+
+    Bilinear, without parameters. To half of the size each pixel is the mean of four.
+
+    Args:
+        size: height and width.
+    """
+
+    @checked
+    def __init__(self, size: Sides) -> None:
+        super().__init__()
+        self.size = widths(size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.interpolate(image, self.size, mode="bilinear")
+
+
+class DenseEncoder(nn.Module):
+    """Features of an image at its own size, ``(batch, K, H, W) -> (batch, blocks features, H, W)``.
+
+    A convolution and a chain of `DenseBlock`; what stands behind each block is kept, and all of it
+    side by side is the answer, so that both simple and composed features are at hand. The encoder
+    of SRFlow (Lugmayr et al. 2020, https://arxiv.org/abs/2006.14200).
+
+    Args:
+        channels: K of the image.
+        features: channels behind each block.
+        blocks: number of blocks; each sees 15 pixels further.
+    """
+
+    @checked
+    def __init__(self, channels: Size, features: Size = 32, blocks: Size = 2) -> None:
+        super().__init__()
+        self.channels, self.features = channels, blocks * features
+        self.first = nn.Conv2d(channels, features, 3, padding=1)
+        self.blocks = nn.ModuleList(DenseBlock(features) for _ in range(blocks))
+
+    def forward(self, image: Tensor) -> Tensor:
+        h, found = self.first(image), []
+        for block in self.blocks:
+            h = block(h)
+            found.append(h)
+        return torch.cat(found, 1)
+
+
+class DenseBlock(nn.Module):
+    """A residual-in-residual dense block (RRDB): three dense parts inside of one more shortcut.
+
+        d(h) = h + 0.2 c_5,    c_i = conv_i([h, c_1, ..., c_{i-1}]),    h <- h + 0.2 d(d(d(h)))
+
+    The convolutions are 3x3 with a leaky ReLU behind the first four of each part. There is no
+    normalization, so that brightness and contrast of the image survive. Wang et al. 2018 (ESRGAN),
+    https://arxiv.org/abs/1809.00219.
+
+    Args:
+        width: channels of h; c_1 to c_4 have half of them.
+    """
+
+    @checked
+    def __init__(self, width: Size) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(_dense(width, max(1, width // 2)) for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = h
+        for part in self.parts:
+            seen, convs = inner, list(part.children())
+            for conv in convs[:-1]:
+                seen = torch.cat([seen, F.leaky_relu(conv(seen), 0.2)], 1)
+            inner = inner + 0.2 * convs[-1](seen)
+        return h + 0.2 * inner
+
+
+def _dense(width: int, growth: int) -> nn.ModuleList:
+    """Convolutions each of which sees the outputs of all before it."""
+    outputs = [growth] * 4 + [width]
+    return nn.ModuleList(
+        nn.Conv2d(width + k * growth, out, 3, padding=1) for k, out in enumerate(outputs)
+    )
 
 
 class FeaturePyramid(nn.Module):

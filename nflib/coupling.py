@@ -5,19 +5,20 @@
 The Jacobian is triangular in blocks, whatever network computes theta: it is never inverted, only
 run again. A mask says which part is which; all masks of nflib are here.
 Dinh et al. 2014 (NICE), https://arxiv.org/abs/1410.8516, and 2016 (RealNVP),
-https://arxiv.org/abs/1605.08803.
+https://arxiv.org/abs/1605.08803. `Injector` is the case in which a context decides alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nflib import precision
-from nflib.arguments import ArgumentError, Positive, Size, checked, show
+from nflib.arguments import ArgumentError, ContextShape, Positive, Size, checked, show
 from nflib.core import Bijection, EventShape, ShapeError, sum_log_det
 from nflib.core.values import within
 from nflib.elementwise import Elementwise
@@ -229,12 +230,8 @@ class Coupling(Bijection):
     ) -> None:
         super().__init__()
         self.mask, self.elementwise, self.limit = mask, elementwise, limit
-        self.conditioner = network(mask.inputs, elementwise.count * mask.outputs)
-        if not isinstance(self.conditioner, nn.Module):
-            raise ArgumentError(
-                "Coupling expects network to build an nn.Module from its numbers of inputs and "
-                f"outputs, got {show(self.conditioner)} from it."
-            )
+        outputs = elementwise.count * mask.outputs
+        self.conditioner = _built("Coupling", network, mask.inputs, outputs)
         self.is_wide = precision.is_wide(precision.matrices_of(self.conditioner))
         self.event_shape = mask.event_shape
         self.context_shape = getattr(self.conditioner, "context_shape", None)
@@ -250,6 +247,26 @@ class Coupling(Bijection):
         moved, terms = self.elementwise.inverse(moved, self.theta(kept, context))
         return self.mask.merge(kept, moved), sum_log_det(terms)
 
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Hand what the conditioner sees to its own ``initialize``, if it has one.
+
+        A `nflib.kernels.KernelConditioner` has; it is called as the conditioner is.
+        """
+        self._initialize(x, context)
+
+    @torch.no_grad()
+    def initialize_inverse(self, z: Tensor, context: Tensor | None = None) -> None:
+        # Kept is kept: the conditioner sees the same part in both directions.
+        self._initialize(z, context, inverse=True)
+
+    def _initialize(self, x: Tensor, context: Tensor | None, inverse: bool = False) -> None:
+        initialize = getattr(self.conditioner, "initialize", None)
+        if initialize is not None:
+            self.check_input(x, context, inverse)
+            seen = within(self.mask.split(x)[0], self.limit)
+            initialize(seen, *([] if self.context_shape is None else [context]))
+
     def extra_repr(self) -> str:
         limit = "" if math.isinf(self.limit) else f", limit={self.limit:g}"
         return f"{self.elementwise!r}{limit}"
@@ -263,10 +280,84 @@ class Coupling(Bijection):
         seen = within(kept, self.limit)
         with precision.of_network(self.is_wide, kept):
             raw = net(seen) if self.context_shape is None else net(seen, context)
-        n, outputs, *rest = kept.shape[0], self.mask.outputs, *kept.shape[2:]
-        if not isinstance(raw, Tensor) or raw.shape != (n, count * outputs, *rest):
-            raise ShapeError(
-                "Coupling expects its conditioner to return shape "
-                f"{(n, count * outputs, *rest)}, got {show(raw)}."
-            )
-        return self.mask.select(raw.to(kept.dtype).reshape(n, count, outputs, *rest))
+        shape = kept.shape[0], count, self.mask.outputs, *kept.shape[2:]
+        return self.mask.select(_parameters("Coupling", raw, kept, shape))
+
+
+class Injector(Bijection):
+    """``z = tau(x; theta(context))``: every entry is moved, and the context alone says how.
+
+        log|det| = sum over all entries of log tau'
+
+    A coupling can use a context only by way of a network that also reads half of x, and only for
+    the other half. Here what the context knows, a mean and a spread say, reaches all entries at
+    once. Both directions cost one pass of the conditioner and one of the elementwise map. Lugmayr
+    et al. 2020 (SRFlow, the affine injector: tau is `Affine`), https://arxiv.org/abs/2006.14200.
+
+    Args:
+        channels: of an image that has the height and width of an image of context; of a vector,
+            if the context is one, its size.
+        elementwise: the map tau, e.g. `nflib.elementwise.Affine()`.
+        network: builds the conditioner from its numbers of inputs (of the context) and outputs,
+            as for a `Coupling`; it is called as ``net(context)``.
+        context_dim: size of the context vector, or shape ``(K, H, W)`` of the image of context.
+
+    Raises:
+        ArgumentError: if there is no context_dim, or network builds no module.
+        ShapeError: if the conditioner returns another shape than the map's parameters have.
+    """
+
+    @checked
+    def __init__(
+        self, channels: Size, elementwise: Elementwise, network: Network, context_dim: ContextShape
+    ) -> None:
+        super().__init__()
+        if context_dim is None:
+            raise ArgumentError("Injector expects a context_dim, got None.")
+        shape = (context_dim,) if isinstance(context_dim, int) else context_dim
+        self.elementwise, self.context_shape = elementwise, shape
+        self.event_shape = (channels, *shape[1:])
+        self.conditioner = _built("Injector", network, shape[0], elementwise.count * channels)
+        self.is_wide = precision.is_wide(precision.matrices_of(self.conditioner))
+        self.exact_inverse = elementwise.exact_inverse
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, terms = self.elementwise.forward(x, self.theta(context))
+        return z, sum_log_det(terms)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, terms = self.elementwise.inverse(z, self.theta(context))
+        return x, sum_log_det(terms)
+
+    def extra_repr(self) -> str:
+        return f"{self.elementwise!r}"
+
+    def theta(self, context: Tensor | None) -> Tensor:
+        """What the conditioner makes of the context, ``(batch, count, *event)``."""
+        assert context is not None  # the check of the input asked for it
+        with precision.of_network(self.is_wide, context):
+            raw = self.conditioner(context)
+        shape = context.shape[0], self.elementwise.count, *(self.event_shape or ())
+        return _parameters("Injector", raw, context, shape)
+
+
+def _built(name: str, network: Network, inputs: int, outputs: int) -> nn.Module:
+    """The conditioner that a function builds, which is a module."""
+    conditioner: Any = network(inputs, outputs)
+    if not isinstance(conditioner, nn.Module):
+        raise ArgumentError(
+            f"{name} expects network to build an nn.Module from its numbers of inputs and "
+            f"outputs, got {show(conditioner)} from it."
+        )
+    return conditioner
+
+
+def _parameters(name: str, raw: Any, like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """What a conditioner returned, ``(batch, count outputs, ...)``, with a dim for the count."""
+    n, count, outputs, *rest = shape
+    if not isinstance(raw, Tensor) or raw.shape != (n, count * outputs, *rest):
+        raise ShapeError(
+            f"{name} expects its conditioner to return shape {(n, count * outputs, *rest)}, "
+            f"got {show(raw)}."
+        )
+    return raw.to(like.dtype).reshape(shape)

@@ -16,7 +16,7 @@ from nflib.autoregressive import MaskedAutoregressive
 from nflib.conditioning import Conditioned
 from nflib.convolution import CausalConv, EmergingConv, Invertible1x1Conv, PeriodicConv
 from nflib.core import Bijection, Compose, Inverse
-from nflib.coupling import Coupling, alternating, channels, checkerboard, halves
+from nflib.coupling import Coupling, Injector, alternating, channels, checkerboard, halves
 from nflib.dequantization import Logit
 from nflib.elementwise import (
     Additive,
@@ -26,6 +26,7 @@ from nflib.elementwise import (
     Pointwise,
     RationalQuadraticSpline,
 )
+from nflib.kernels import KernelConditioner, Matern52
 from nflib.linear import (
     LU,
     BlockDiagonal,
@@ -63,6 +64,10 @@ mlp, conv = partial(MLP, hidden=(8,)), partial(ConvNet, hidden=6)
 residual = partial(ResidualConvNet, hidden=(6,))
 gated = partial(GatedConvNet, hidden=4, blocks=1, heads=2)
 mlp2, conv2, residual2, gated2 = (partial(n, context_dim=2) for n in (mlp, conv, residual, gated))
+
+# Kernel machines; of the second the outputs share their length scales.
+kernel = partial(KernelConditioner, points=6, groups=2)
+kernel2 = partial(KernelConditioner, points=6, kernel=Matern52, context_dim=2)
 
 # Masks of images: odd and even sizes, none of them square.
 board, board2 = checkerboard(1, 3, 5), checkerboard(2, 3, 2, flip=True)
@@ -118,6 +123,8 @@ LAYERS: dict[str, Case] = {
     "mixture coupling, context": Case(lambda: Coupling(halves(3), mixture, mlp2), (3,), 2),
     "monotone coupling": Case(lambda: Coupling(halves(3), monotone, mlp), (3,)),
     "monotone coupling, context": Case(lambda: Coupling(halves(3), monotone, mlp2), (3,), 2),
+    "kernel coupling": Case(lambda: Coupling(halves(5), affine, kernel), (5,)),
+    "kernel coupling, context": Case(lambda: Coupling(alternating(4), spline, kernel2), (4,), 2),
     "board, conv": Case(lambda: Coupling(board, affine, conv), (1, 3, 5)),
     "board, conv, context": Case(lambda: Coupling(board2, affine, conv2), (2, 3, 2), 2),
     "board, residual": Case(lambda: Coupling(board2, spline, residual), (2, 3, 2)),
@@ -133,6 +140,8 @@ LAYERS: dict[str, Case] = {
     "conditioned": Case(
         lambda: Conditioned(nn.Linear(3, 2), Coupling(halves(4), affine, mlp2), 3), (4,), 3
     ),
+    "affine injector": Case(lambda: Injector(4, affine, mlp, 2), (4,), 2),
+    "mixture injector": Case(lambda: Injector(3, mixture, mlp, 2), (3,), 2),
     "residual block": Case(lambda: ResidualBlock(LipschitzMLP(3, 6)), (3,)),
     "residual block, newton, context": Case(
         lambda: ResidualBlock(LipschitzMLP(3, 6, context_dim=2), solver="newton"), (3,), 2

@@ -34,7 +34,7 @@ from nflib.data.downloads import File
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = data.names(embedded=True)
-TABLES = ["iris", "wine", "breast_cancer", "diabetes"]
+TABLES = ["iris", "wine", "breast_cancer", "diabetes"]  # of scikit-learn
 PHOTOS = ["photo_patches", "pixel_pairs"]
 
 

@@ -26,6 +26,7 @@ from nflib.core import Compose, Flow, Layer, Model, StandardNormal
 from nflib.coupling import Mask, halves
 from nflib.discrete import Head, LogisticMixture, Softmax
 from nflib.elementwise import Affine, Elementwise
+from nflib.kernels import Kernel, Matern52
 from nflib.linear import LU, Diagonal
 from nflib.multiscale import Squeeze
 from nflib.nets import MLP
@@ -39,7 +40,7 @@ from nflib.wavenet import CausalStack, ParallelWaveNet, WaveNet
 FLOORS = """
 arguments cache graphs rootfinding core checks elementwise coupling autoregressive linear
 convolution normalization multiscale dequantization planar precision prepared mixer nets discrete
-domains reversible conditioning residual models pixel wavenet variational
+domains reversible conditioning residual kernels models pixel wavenet variational
 """.split()
 
 # Arithmetic that layers do in every step, where a check would cost time, and what speaks for the
@@ -134,6 +135,9 @@ VALID: dict[str, dict[str, Any]] = {
     "coupling.CheckerboardMask": board,
     "coupling.Coupling": {"mask": halves(3), "elementwise": affine, "network": mlp, "limit": 4.0},
     "coupling.DimensionMask": {"keep": (True, False)},
+    "coupling.Injector": {
+        **{"channels": 4, "elementwise": affine, "network": mlp, "context_dim": 2}
+    },
     "coupling.Mask": {},
     "coupling.alternating": {"dim": 4, "flip": False},
     "coupling.channels": {"count": 4, "flip": False},
@@ -256,13 +260,33 @@ VALID: dict[str, dict[str, Any]] = {
         **{"batch_norm": False, "weight_norm": False, "free_bits": 0.5, "grey_levels": 2},
     },
     "conditioning.Conditioned": {"network": nn.Linear(3, 2), "layer": LU(3), "context_dim": 3},
+    "conditioning.DenseBlock": {"width": 4},
+    "conditioning.DenseEncoder": {"channels": 2, "features": 4, "blocks": 1},
     "conditioning.FeaturePyramid": {
         **{"shape": (1, 8, 8), "sizes": ((4, 4), (2, 2)), "features": 2}
     },
     "conditioning.Part": {"start": 0, "shape": (1, 2, 2)},
+    "conditioning.Resize": {"size": (2, 4)},
     "conditioning.SpaceToDepth": {"factor": 2},
+    "kernels.Kernel": {"dim": 3},
+    "kernels.KernelConditioner": {
+        **{"inputs": 2, "outputs": 4, "points": 5, "kernel": Matern52, "groups": 2},
+        **{"context_dim": 2},
+    },
+    "kernels.Matern32": {"dim": 3},
+    "kernels.Matern52": {"dim": 3},
+    "kernels.SquaredExponential": {"dim": 3},
+    "kernels.with_rkhs_penalty": {"weight": 1e-3},
     "models.cinn": {
         **{**model, "shape": (1, 4, 4), "context_dim": 2, "steps": 1, "levels": 2, "features": 2}
+    },
+    "models.ferumal": {
+        **{"dim": 4, "points": 5, "layers": 1, "backbone": "glow", "kernel": Matern52},
+        **{"context_dim": 2, "grey_levels": 4},
+    },
+    "models.srflow": {
+        **{"shape": (1, 4, 4), "scale": 2, "steps": 1, "hidden": (4, 4), "levels": 2},
+        **{"features": 4, "blocks": 1, "transitions": 1, "dropout": 0.1, "grey_levels": 4},
     },
     "models.residual_flow": {
         **{"shape": (1, 4, 4), "layers": 1, "hidden": (4, 4), "levels": 2, "bound": 0.9},
@@ -324,7 +348,10 @@ NAMES = {
     **{"*steps": "0 -1 3", "shift": "0 -1", "network": "class"},
 }
 CALLS = {
-    **{f"models.{name}.dim": "(3,)" for name in ("nice", "spline_flow", "naf", "maf", "iaf")},
+    **{
+        f"models.{name}.dim": "(3,)"
+        for name in ("nice", "spline_flow", "naf", "maf", "iaf", "ferumal")
+    },
     "linear.Permutation.order": "3",
     "metrics.bits_per_dim.dims": "() (3,)",
     "metrics.bits_per_dim.log_prob": "0 -1 nan tensor",
@@ -338,9 +365,11 @@ CALLS = {
     "checkpoints.save.model": "module",
     "residual.ResidualBlock.net": "module",
     "residual.Roulette.exact_terms": "0",
+    "kernels.with_rkhs_penalty.weight": "0",
     # An event's shape will do.
     "checks.check_onto.x": "3 (3,)",
     "models.dequantize.grey_levels": "None",
+    "models.srflow.transitions": "0",
     "planar.ConditionedParameters.context_dim": "None",
 }
 # Not tried: what takes a minute, and what the error of the reader's own function would be.
@@ -446,6 +475,8 @@ def results(made: Any, given: dict[str, Any]) -> list[Any]:
         return [made.log_prob(torch.zeros(2, made.channels, 3), parameters)]
     if hasattr(made, "log_prob"):
         return [made.log_prob(made.sample(2))]
+    if isinstance(made, Kernel):
+        return [made(torch.randn(2, len(made.log_length)), torch.randn(3, len(made.log_length)))]
     if isinstance(made, nn.Module) and not isinstance(made, Flow):
         return [made(network_input(made, given), *([] if context is None else [context]))]
     return list(made) if isinstance(made, tuple) else [made]
@@ -460,9 +491,11 @@ def network_input(net: nn.Module, given: dict[str, Any]) -> Tensor:
     if isinstance(net, LipschitzConvNet):
         return torch.randn(2, *net.event_shape)
     fixed = {"FeaturePyramid": (1, 8, 8), "SpaceToDepth": (2, 6, 6), "Part": (9,)}
+    fixed |= {"Resize": (2, 6, 6)}
     if type(net).__name__ in fixed:
         return torch.randn(2, *fixed[type(net).__name__])
-    count = next((given[name] for name in ("inputs", "width", "dim") if name in given), 3)
+    sizes_in = ("inputs", "width", "dim", "channels")
+    count = next((given[name] for name in sizes_in if name in given), 3)
     dims = {"WindowConv": 2}.get(type(net).__name__, 0)
     dims = 2 if any(isinstance(part, nn.Conv2d) for part in net.modules()) else dims
     dims = 1 if any(isinstance(part, nn.Conv1d) for part in net.modules()) else dims

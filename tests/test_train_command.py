@@ -28,6 +28,7 @@ SMALL = {
     "glow": ["--levels", "2", "--steps", "1", "--hidden", "8"],
     "flowpp": ["--hidden=8", "--blocks=1", "--couplings=(1,1,1)", "--attention=2"],
     "mixerflow": ["--patch", "2", "--layers", "2", "--hidden", "8"],
+    "ferumal": ["--points", "8", "--layers", "2", "--backbone", "glow"],
     "vae": [
         *["--patch", "2", "--latent-dim", "4", "--width", "4", "--hidden", "8", "--features", "3"],
         *["--flow", "planar", "--steps", "2", "--prior-steps", "1", "--flow-hidden", "8"],
@@ -35,7 +36,7 @@ SMALL = {
     ],
 }
 # What a command cannot say: the context of a data set, the estimators of a log-det.
-WITHOUT = {"cinn", "residual_flow"}
+WITHOUT = {"cinn", "residual_flow", "srflow"}
 RUN = ["--data", "digits", "--rows", "64", "--valid-rows", "32", "--updates", "2"]
 
 

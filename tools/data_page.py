@@ -15,7 +15,7 @@ from nflib.data.cards import CARDS, Card
 PAGE = Path(__file__).resolve().parents[1] / "datasets.md"
 
 ALT = (
-    "Eighteen panels: the ten 2-D toys as clouds of points, two columns of each of the four "
+    "Twenty panels: the ten 2-D toys as clouds of points, two columns of each of the six "
     "tables, rows of 8 by 8 digits, grey and colour patches of photographs, and pairs of "
     "neighbouring pixels, which lie close to the diagonal."
 )
@@ -40,10 +40,10 @@ data.names()  # all names
 The embedded data sets. They need no network and no files.
 ```
 
-The **embedded** sets are generated or ship inside scikit-learn and scikit-image. They load without
-a network. Sets that are drawn take `n` and `seed`; a name, a split and a seed always give the same
-examples. For each 2-D toy `data.log_density(name)` returns the exact log density in nats, and
-`data.potential("u1")` to `data.potential("u4")` return the energies.
+The **embedded** sets are generated or ship inside nflib, scikit-learn and scikit-image. They load
+without a network. Sets that are drawn take `n` and `seed`; a name, a split and a seed always give
+the same examples. For each 2-D toy `data.log_density(name)` returns the exact log density in nats,
+and `data.potential("u1")` to `data.potential("u4")` return the energies.
 
 The sets **loaded by name** are searched in this order:
 

@@ -39,7 +39,7 @@ def draw() -> plt.Figure:
     panels = [(name, {}) for name in names] + [("photo_patches", {"size": 32, "channels": 3})]
     order = {"2-D toys": 0, "Tables": 1, "Images": 2}
     panels.sort(key=lambda panel: order[data.card(panel[0]).group])
-    figure, axes = plt.subplots(3, 6, figsize=(12, 6.6), layout="constrained", facecolor="white")
+    figure, axes = plt.subplots(4, 5, figsize=(10, 8.8), layout="constrained", facecolor="white")
     for ax, (name, options) in zip(axes.flat, panels, strict=True):
         ax.set_title(name + (" (colour)" if options else ""), fontsize=11)
         ax.set(xticks=[], yticks=[])
@@ -48,7 +48,8 @@ def draw() -> plt.Figure:
             points(ax, data.load(name, n=6000).x)
             ax.set(aspect="equal", xlim=(-4.4, 4.4), ylim=(-4.4, 4.4))
         elif group == "Tables":
-            points(ax, data.load(name).x[:, 2:4], size=12)
+            x = data.load(name).x[:6000, 2:4]
+            points(ax, x, size=12 if len(x) < 1000 else 1)
         elif name == "pixel_pairs":
             points(ax, data.load(name, n=6000).x)
             ax.set_aspect("equal")

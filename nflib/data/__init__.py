@@ -1,9 +1,8 @@
 """Data sets by name: ``load("digits")``, ``names()``, ``card("digits")``.
 
-Embedded sets (toys, scikit-learn's digits and tables, patches of photographs) need neither
-network nor files. The others are searched in the folder that the environment variable NFLIB_DATA
-names, then in ``data/`` of the clone, then in the user's cache, and are downloaded last, checked
-by sha256.
+Embedded sets (toys, digits, tables, patches of photographs) need neither network nor files. The
+others are searched in the folder that the environment variable NFLIB_DATA names, then in ``data/``
+of the clone, then in the user's cache, and are downloaded last, checked by sha256.
 """
 
 from __future__ import annotations

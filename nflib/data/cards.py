@@ -6,9 +6,9 @@ them, and the data page of the site is made from them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from nflib.data import archives
+from nflib.data import archives, uci
 from nflib.data.downloads import File
 
 
@@ -34,10 +34,13 @@ class Card:
     drawn: bool = False
     """True when `n` and `seed` draw the examples, False when the split is a fixed list."""
     files: tuple[File, ...] = field(default=())
+    columns: str = ""
+    cite: str = ""
+    """How the authors, whose licence asks for it, are named."""
 
     @property
     def embedded(self) -> bool:
-        """True when it needs no file: generated, or shipped inside a dependency."""
+        """True when it needs no download: generated, or shipped inside nflib or a dependency."""
         return not self.files
 
     @property
@@ -63,6 +66,10 @@ class Card:
         ]
         if self.files:
             rows.insert(6, ("files", f"{self.megabytes:.1f} MB in {len(self.files)}"))
+        if self.cite:
+            rows.insert(6, ("cite", self.cite))
+        if self.columns:
+            rows.insert(1, ("columns", self.columns))
         return rows
 
     def __repr__(self) -> str:
@@ -109,6 +116,30 @@ def _table(name: str, what: str, columns: int, y: str, n: int, address: str, use
         SKLEARN,
         address,
         use,
+    )
+
+
+def _uci(name: str, what: str, dropped: str, n: int, address: str, cite: str, use: str) -> Card:
+    table = uci.TABLES[name]
+    shares = [f"{c} {r} %" for c, r in zip(table.columns, table.repeated, strict=True)]
+    card = _table(
+        name,
+        what,
+        len(shares) - 1,
+        f"{table.columns[-1]}, float32",
+        n,
+        address,
+        use,
+    )
+    return replace(
+        card,
+        columns=f"{', '.join(shares[:-1])}; y: {shares[-1]}. Behind each stands the share of rows "
+        "whose value another row has, too. All values are rounded; x and y come as they are, so "
+        "add uniform noise of one step, or leave a column out, before you quote a density",
+        how_split=f"{dropped}; then {card.how_split}",
+        licence="CC BY 4.0, https://creativecommons.org/licenses/by/4.0/; sorted and packed for "
+        "nflib without rounding",
+        cite=f"{cite}, UCI Machine Learning Repository",
     )
 
 
@@ -204,6 +235,31 @@ _CARDS = [
         442,
         "https://www4.stat.ncsu.edu/~boos/var.select/diabetes.html",
         "a table with a real-valued target, for conditional densities",
+    ),
+    _uci(
+        "power_plant",
+        "hourly means of the air around a power plant of gas and steam turbines at full load, and "
+        "the power that it gave; neighbouring hours are alike and lie in different splits, for "
+        "their order is not published",
+        "of the 9,568 rows 41 that repeat another one are left out",
+        9_527,
+        "https://archive.ics.uci.edu/dataset/294/combined+cycle+power+plant",
+        "P. Tüfekci and H. Kaya (2014), Combined Cycle Power Plant, doi:10.24432/C5002N",
+        "densities and conditional densities of a table of thousands of rows",
+    ),
+    _uci(
+        "protein",
+        "areas and other measurements of proposed structures of proteins, and how far each is from "
+        "the native structure; the Euclidean distance has outliers of 50 standard deviations, and "
+        "the first and the fifth column are nearly proportional",
+        "of the 45,730 rows 3,862 that agree with another one in the first six columns, so that "
+        "they are taken for the same structure, are left out",
+        41_868,
+        "https://archive.ics.uci.edu/dataset/265/physicochemical+properties+of+protein+tertiary+"
+        "structure",
+        "P. Rana (2013), Physicochemical Properties of Protein Tertiary Structure, "
+        "doi:10.24432/C5QW3H",
+        "densities and conditional densities of a table of tens of thousands of rows",
     ),
     _toy(
         "moons",

@@ -1,7 +1,7 @@
-"""Real data that ship inside the scikit-learn and scikit-image wheels: no network, no files.
+"""Real data that ship inside nflib, scikit-learn and scikit-image: no network, no downloads.
 
-scikit-learn's digits and tables are split by a fixed permutation. The photographs are split by
-region: each is cut into three bands of columns, so that no pixel of one split is in another.
+Digits and tables are split by a fixed permutation. The photographs are split by region: each is cut
+into three bands of columns, so that no pixel of one split is in another.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from nflib.core import DataError
+from nflib.data import uci
 from nflib.data.base import Dataset
 
 SPLITS = ("train", "valid", "test")
@@ -52,21 +53,30 @@ def digits(split: str) -> Dataset:
 
 
 def table(name: str, split: str) -> Dataset:
-    """A table of scikit-learn, split 70 / 15 / 15 %, standardised with the training statistics."""
+    """A table, split 70 / 15 / 15 %, standardised with the training statistics."""
+    values, target = _published(name)
+    n = len(values)
+    held_out = round(0.15 * n)
+    counts = (n - 2 * held_out, held_out, held_out)
+    train = torch.from_numpy(values[_permuted(n, counts, "train")])
+    mean, std = train.mean(0), train.std(0)
+    rows = _permuted(n, counts, split)
+    x = ((torch.from_numpy(values[rows]) - mean) / std).float()
+    y = torch.from_numpy(target[rows])
+    return Dataset(x, y, None, name, split, mean=mean.float(), std=std.float())
+
+
+def _published(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values and target of all rows; a target that counts is int64, another one float32."""
+    if name in uci.TABLES:
+        rows = uci.rows(name)
+        return rows[:, :-1], rows[:, -1].astype(np.float32)
     import sklearn.datasets
 
     # load_diabetes would standardise with the statistics of all rows, test rows among them.
     options: dict[str, Any] = {"scaled": False} if name == "diabetes" else {}
     bunch = getattr(sklearn.datasets, f"load_{name}")(**options)
-    n = len(bunch.data)
-    held_out = round(0.15 * n)
-    counts = (n - 2 * held_out, held_out, held_out)
-    train = torch.from_numpy(bunch.data[_permuted(n, counts, "train")])
-    mean, std = train.mean(0), train.std(0)
-    rows = _permuted(n, counts, split)
-    x = ((torch.from_numpy(bunch.data[rows]) - mean) / std).float()
-    y = torch.from_numpy(bunch.target[rows].astype(np.float32 if name == "diabetes" else np.int64))
-    return Dataset(x, y, None, name, split, mean=mean.float(), std=std.float())
+    return bunch.data, bunch.target.astype(np.float32 if name == "diabetes" else np.int64)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Photographs: files of one's own, the colour space Lab, and a flow's view of a picture.
+"""Photographs: files of one's own, the colour space Lab, smaller versions, a flow's view of them.
 
 Lab (CIE 1976, white point D65) separates how light a colour is from which colour it is. L runs from
 0 (black) to 100 (white); a from green (-) to red (+), b from blue (-) to yellow (+), both 0 for
@@ -8,6 +8,7 @@ are those of `skimage.color`.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -184,6 +185,70 @@ def paint(photograph: Tensor, colours: Tensor) -> Tensor:
     light = to_lab(photograph)[:1]
     wide = F.interpolate(colours.float() - ZERO, light.shape[1:], mode="bilinear")
     return to_rgb(torch.cat([light.expand(len(wide), *light.shape), wide], 1))
+
+
+@checked
+def shrink(images: Tensor, factor: Size = 4) -> Tensor:
+    """Images made smaller by a whole factor, ``(..., H, W)`` to uint8 ``(..., H / f, W / f)``.
+
+    Bicubic with antialiasing (torch's ``interpolate``): along each axis a small pixel is the mean
+    of the large ones around it, weighted by Keys' cubic with a = -1/2, stretched by f,
+
+        w(t) = 1.5 |t|^3 - 2.5 |t|^2 + 1               for |t| < 1
+               -0.5 |t|^3 + 2.5 |t|^2 - 4 |t| + 2      for |t| < 2,    t = distance / f
+
+    divided by their sum, so that those beyond the image's edge count for nothing. The results are
+    rounded and cut to 0 .. 255. pillow's bicubic and MATLAB's ``imresize`` use the same weights.
+
+    Args:
+        images: grey levels 0 .. 255, uint8 or floating-point, with at least a dim for channels.
+        factor: f, which divides both sides.
+    """
+    _images(images, "shrink")
+    *lead, height, width = images.shape
+    if height % factor or width % factor:
+        raise DataError(
+            f"shrink expects sides that are multiples of its factor {factor}, "
+            f"got {height} x {width}."
+        )
+    size = (height // factor, width // factor)
+    flat = images.float().reshape(-1, 1, height, width)
+    small = F.interpolate(flat, size, mode="bicubic", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8).reshape(*lead, *size)
+
+
+@checked
+def low_and_high(rgb: Tensor, scale: Size = 4, multiple: Size = 8) -> tuple[Tensor, Tensor]:
+    """What a flow that enlarges sees of photographs, and what it learns to draw.
+
+    Args:
+        rgb: uint8 ``(N, 3, H, W)``; cut at the right and at the bottom where a side is no multiple.
+        scale: how many times smaller the flow sees them.
+        multiple: of this and of scale the sides have to be multiples (`nflib.models.srflow`: 2 to
+            the number of levels).
+
+    Returns: the photographs made smaller, see `shrink`, as float32 in [-1, 1], black -1 and white
+        1; and the photographs, uint8.
+    """
+    _three(rgb, "low_and_high", torch.uint8)
+    unit = math.lcm(scale, multiple)
+    height, width = (side // unit * unit for side in rgb.shape[-2:])
+    if not height or not width:
+        raise DataError(
+            f"low_and_high expects photographs of at least {unit} pixels a side, "
+            f"got {rgb.shape[-2]} x {rgb.shape[-1]}."
+        )
+    high = rgb[..., :height, :width]
+    return shrink(high, scale) / 127.5 - 1, high
+
+
+def _images(images: Tensor, name: str) -> None:
+    is_number = images.dtype == torch.uint8 or images.is_floating_point()
+    if not is_number or images.ndim < 3 or 0 in images.shape[-3:]:
+        raise DataError(
+            f"{name} expects uint8 or floating-point images of shape (..., channels, height, "
+            f"width), got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}."
+        )
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

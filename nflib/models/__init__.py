@@ -16,19 +16,24 @@ that every conditioner sees.
     flowpp       mixture-logistic CDF   1x1 convolutions      variational      yes
     mixerflow    affine, in matrices    LU, along both sides  uniform          no
     cinn         affine                 permutations or 1x1   uniform          yes (images)
+    srflow       affine                 1x1 convolutions      uniform          yes
     residual_flow  x + g(x), contraction  none                uniform          if asked (images)
+    ferumal      affine, kernel machines  permutations or LU  uniform          no
 """
 
 from nflib.models.conditional import cinn
 from nflib.models.images import flowpp, glow, realnvp
+from nflib.models.kernelised import ferumal
 from nflib.models.mixer import mixerflow
 from nflib.models.parts import dequantize, normalize
 from nflib.models.residual import residual_flow
+from nflib.models.super_resolution import srflow
 from nflib.models.vectors import iaf, maf, naf, nice, spline_flow
 
 __all__ = [
     "cinn",
     "dequantize",
+    "ferumal",
     "flowpp",
     "glow",
     "iaf",
@@ -40,4 +45,5 @@ __all__ = [
     "realnvp",
     "residual_flow",
     "spline_flow",
+    "srflow",
 ]

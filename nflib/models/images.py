@@ -32,11 +32,19 @@ from nflib.core import (
     StandardNormal,
     describe,
 )
-from nflib.coupling import Coupling, Mask, Network, channels, checkerboard, halves
+from nflib.coupling import Coupling, Mask, Network, channels, checkerboard
 from nflib.dequantization import VariationalDequantization
 from nflib.elementwise import Affine, Elementwise, LogisticMixtureCDF
-from nflib.linear import Permutation
-from nflib.models.parts import LIMIT, Normalization, dequantize, halvings, model, normalize, vector
+from nflib.models.parts import (
+    LIMIT,
+    Normalization,
+    dequantize,
+    halvings,
+    model,
+    normalize,
+    permuted_couplings,
+    vector,
+)
 from nflib.multiscale import MultiScale, Squeeze
 from nflib.nets import MLP, ConvNet, GatedConvNet, ResidualConvNet, equal_widths
 from nflib.normalization import ActNorm
@@ -78,12 +86,8 @@ def realnvp(
         return _image_realnvp(shape, layers, levels, net, normalization, context_dim, grey_levels)
     dim = vector("realnvp", shape, 2)
     mlp = partial(MLP, hidden=hidden, context_dim=context_dim, dropout=dropout)
-    steps: list[Layer] = dequantize(grey_levels)
-    for k in range(layers):
-        if k % 2 == 0 and k > 0 and dim > 2:
-            steps.append(Permutation(dim))
-        steps += [normalize(dim, normalization), Coupling(halves(dim, k % 2 == 1), Affine(), mlp)]
-    return Flow(Compose(*steps), StandardNormal(dim))
+    steps = permuted_couplings(dim, layers, Affine(), mlp, normalization)
+    return Flow(Compose(*dequantize(grey_levels), *steps), StandardNormal(dim))
 
 
 def _image_realnvp(

@@ -84,6 +84,23 @@ def linear_couplings(
     return steps
 
 
+def permuted_couplings(
+    dim: int,
+    layers: int,
+    elementwise: Elementwise,
+    net: Network,
+    normalization: Normalization = "actnorm",
+) -> list[Bijection]:
+    """A normalization and a coupling, ``layers`` times, with a permutation after each pair."""
+    steps: list[Bijection] = []
+    for k in range(layers):
+        if k % 2 == 0 and k > 0 and dim > 2:
+            steps.append(Permutation(dim))
+        coupling = Coupling(halves(dim, flip=k % 2 == 1), elementwise, net)
+        steps += [normalize(dim, normalization), coupling]
+    return steps
+
+
 def linear_map(dim: int, kind: LinearMap) -> list[Bijection]:
     """The linear layer of that name, without a bias, or none.
 

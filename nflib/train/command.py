@@ -55,6 +55,7 @@ MODELS: dict[str, Callable[..., Model]] = {
         "glow",
         "flowpp",
         "mixerflow",
+        "ferumal",
     )
 } | {"vae": vae}
 # The models that take images as images; for the others all numbers of an image are one vector.
@@ -92,6 +93,7 @@ NOT_OPTIONS = (
     "grey_levels",
     "context_dim",
     "network",
+    "kernel",
     "options",
 )
 

@@ -1,4 +1,4 @@
-"""Numbers that can be compared: nats, and bits per dimension with the constants right."""
+"""Log-likelihoods in nats, and in bits per dimension with the constants right."""
 
 from __future__ import annotations
 
