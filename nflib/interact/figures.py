@@ -35,7 +35,7 @@ def warped_grid(
     """A square grid that a map deforms further and further.
 
     One cell is filled; above the picture stands its area over the area it had. For small cells
-    that is |det J|, the change of volume.
+    that is |det J|, the change of volume. The axes are the coordinates z_1 and z_2 of the image.
 
     Args:
         maps: from a value t to a map of the plane (``(N, 2)`` to ``(N, 2)``, or a `Bijection`);
@@ -83,6 +83,7 @@ def warped_grid(
         ax.add_patch(Polygon(moved, facecolor="black", alpha=0.75, edgecolor="none"))
         ratio = _area(moved) / cell_area
         ax.set_title(f"filled cell: area × {ratio:.2f}", fontsize=11)
+        ax.set(xlabel="$z_1$", ylabel="$z_2$")
 
     return frames(draw, values, label=label, alt=alt, **{"size": size, "colours": 32, **options})
 
